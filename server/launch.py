@@ -1,0 +1,242 @@
+"""Starting a steered server: everything that can be wrong is found before vLLM loads a model.
+
+The launcher parses the flags, reads and compiles the policies, and only then hands over to vLLM's
+own ``serve``, in this process. What it has decided reaches the processes that vLLM starts by the
+environment (:mod:`server.settings`, :mod:`steering.engine.settings`).
+
+If the server cannot start, or an API process finds that steering does not work, the reason is the
+last thing said on standard error, and the exit code is not 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
+
+from directions.card import ModelFingerprint
+from directions.errors import TrimtabError
+from directions.progress import Progress, silent
+from server import plugin_list, vllm_command
+from server.catalogue import OFF, Catalogue, Entry
+from server.settings import Settings
+from steering.engine.settings import EngineSettings
+
+LOCAL: Final = "127.0.0.1"
+
+_UNSUPPORTED: Final[tuple[tuple[str, str], ...]] = (
+    ("grpc", "its requests pass no HTTP layer that could select or report a policy"),
+    ("grpc_port", "it needs vLLM's Rust front end, which does not load Trimtab"),
+    (
+        "headless",
+        "this process would have no API server to activate policies and prove that they work",
+    ),
+    (
+        "data_parallel_multi_port_external_lb",
+        "it starts servers of its own that Trimtab does not reach; start one trimtab serve a rank",
+    ),
+    ("tokens_only", "its answers have no place for the report of what was applied"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trimtab's own flags.
+
+    Attributes:
+        policies: folder of policies; None serves none.
+        default_policy: policy of requests that select none; None or ``off`` steers none of them.
+        engine: sizes and sites of the engine's side.
+        relative_ceiling: largest strength in units of a layer's mean activation norm.
+        max_body_bytes: longest request body that is read.
+    """
+
+    policies: Path | None
+    default_policy: str | None
+    engine: EngineSettings
+    relative_ceiling: float
+    max_body_bytes: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A server that is ready to be handed to vLLM.
+
+    Attributes:
+        args: vLLM's arguments.
+        catalogue: the policies.
+        url: where clients find the server.
+    """
+
+    args: Namespace
+    catalogue: Catalogue
+    url: str
+
+    @property
+    def names(self) -> list[str]:
+        """The model's served names."""
+        return list(self.args.served_model_name or [self.args.model])
+
+
+def set_environment(engine: EngineSettings) -> None:
+    """Set what vLLM reads from the environment; to be done before vLLM is imported.
+
+    Raises:
+        TrimtabError: ``E_SERVE_UNSUPPORTED`` for a variable that Trimtab cannot work with,
+            ``E_PLUGIN_ABSENT`` if Trimtab's entry points are not installed.
+    """
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise TrimtabError(
+            "E_SERVE_UNSUPPORTED",
+            "vLLM's Rust front end does not load Trimtab, so nothing would be steered; unset it",
+            field="VLLM_USE_RUST_FRONTEND",
+        )
+    for group in ("vllm.general_plugins", plugin_list.ENDPOINT_GROUP):
+        points = entry_points(group=group, name=plugin_list.NAME)
+        if not points:
+            raise TrimtabError(
+                "E_PLUGIN_ABSENT",
+                f"the installation has no entry point {plugin_list.NAME!r} in {group}; "
+                "install the trimtab distribution again",
+            )
+    os.environ.update(engine.to_environment())
+    os.environ[plugin_list.VARIABLE] = plugin_list.plugin_list(os.environ)
+    # As vLLM's own command line sets it: forked workers break some accelerators.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    # A server that reports to its makers should be somebody's choice.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # When vLLM's processes end, Python's resource tracker cleans up after them and says so on
+    # standard error, where the last thing said is to be the reason why a server ended.
+    filters = [f for f in (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker") if f]
+    os.environ["PYTHONWARNINGS"] = ",".join(filters)
+
+
+def prepare(
+    options: Options,
+    arguments: Sequence[str],
+    own_flags: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Prepared:
+    """Parse vLLM's arguments and compile the policies for the model they name.
+
+    Raises:
+        TrimtabError: ``E_OPTION``, ``E_SERVE_UNSUPPORTED``, ``E_MODEL_…``, ``E_POLICY_UNKNOWN`` for
+        a
+            default policy that is not served; PolicyErrors with every fault of the policies.
+    """
+    from steering.policy_files import load_policies
+
+    # Quick, and most often what is wrong; importing vLLM takes seconds.
+    policies = load_policies(options.policies) if options.policies is not None else {}
+    default = options.default_policy or OFF
+    if default != OFF and default not in policies:
+        raise TrimtabError(
+            "E_POLICY_UNKNOWN",
+            f"the default policy {default!r} is not among the policies",
+            field="--default-policy",
+            expected=", ".join([*policies, OFF]),
+        )
+    args = vllm_command.parse(arguments, own_flags)
+    _refuse_unsupported(args)
+    if args.host is None and not args.uds:
+        args.host = LOCAL
+    entries = []
+    if policies:
+        from directions.store import Store
+        from steering.policy_files import compile_policies
+
+        model = _fingerprint(args, progress)
+        plans = compile_policies(
+            policies, Store(), model, relative_ceiling=options.relative_ceiling
+        )
+        entries = [Entry(policy, plans[name]) for name, policy in policies.items()]
+    return Prepared(args, Catalogue.of(entries, default=default), _url(args))
+
+
+def serve(prepared: Prepared, max_body_bytes: int) -> None:
+    """Hand over to vLLM until the server ends.
+
+    Raises:
+        TrimtabError: the reason why the server could not start, or why it ended on its own.
+    """
+    with _settings(prepared, max_body_bytes) as settings:
+        try:
+            vllm_command.run(prepared.args)
+        except TrimtabError:
+            raise
+        except Exception as error:
+            # An API process of its own can only leave word; its exception ends there.
+            recorded = settings.recorded_failure()
+            if recorded is None:
+                traceback.print_exc()
+                recorded = f"vLLM ended with {type(error).__name__}: {error}"
+            raise _stopped(recorded) from error
+        recorded = settings.recorded_failure()
+        if recorded is not None:
+            raise _stopped(recorded)
+
+
+def _stopped(sentence: str) -> TrimtabError:
+    code, mark, message = sentence.partition(": ")
+    if mark and code.startswith("E_"):
+        code, _, field = code.partition(" at ")
+        return TrimtabError(code, message, field=field or None)
+    return TrimtabError("E_ENGINE", sentence)
+
+
+@contextmanager
+def _settings(prepared: Prepared, max_body_bytes: int) -> Iterator[Settings]:
+    folder = tempfile.mkdtemp(prefix="trimtab-serve-")
+    try:
+        settings = Settings(folder, max_body_bytes, str(prepared.args.model))
+        settings.catalogue_path.write_text(json.dumps(prepared.catalogue.to_json()))
+        os.environ.update(settings.to_environment())
+        yield settings
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_unsupported(args: Namespace) -> None:
+    for name, reason in _UNSUPPORTED:
+        if getattr(args, name, None):
+            flag = "--" + name.replace("_", "-")
+            raise TrimtabError("E_SERVE_UNSUPPORTED", f"{flag}: {reason}", field=flag)
+
+
+def _fingerprint(args: Namespace, progress: Progress) -> ModelFingerprint:
+    """The fingerprint of what vLLM is about to serve, its flags taken into account."""
+    from directions.fingerprint import fingerprint
+
+    if args.tokenizer not in (None, args.model):
+        raise TrimtabError(
+            "E_SERVE_UNSUPPORTED",
+            "--tokenizer: directions are checked against the checkpoint's own tokenizer",
+            field="--tokenizer",
+        )
+    found = fingerprint(args.model, progress=progress)
+    if args.chat_template is not None:
+        from vllm.renderers.chat_utils import load_chat_template
+
+        template: str = load_chat_template(args.chat_template)
+        digest = hashlib.sha256(template.encode()).hexdigest()
+        found = found.model_copy(update={"chat_template_sha256": digest})
+    return found
+
+
+def _url(args: Namespace) -> str:
+    if args.uds:
+        return f"unix:{args.uds}"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    scheme = "https" if args.ssl_keyfile and args.ssl_certfile else "http"
+    return f"{scheme}://{host}:{args.port}{args.root_path or ''}"

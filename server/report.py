@@ -1,0 +1,79 @@
+"""What an answer says about its steering: the ``steering`` object and two headers.
+
+Both are derived from the :class:`~steering.engine.exchange.Exchange`, that is from what the worker
+reported, and never from what was asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from steering.engine.exchange import Exchange
+
+Applied = Literal["enforce", "shadow", "off"]
+
+
+def steering_object(exchange: Exchange) -> dict[str, Any]:
+    """The object that every choice of an answer carries.
+
+    ``strength`` is there when a policy was chosen, ``reason`` when an ``enforce`` policy was not
+    applied.
+    """
+    applied, reason = exchange.applied()
+    report: dict[str, Any] = {
+        "policy": exchange.policy,
+        "mode": exchange.mode,
+        "applied": applied,
+    }
+    if exchange.policy != "off":
+        report["strength"] = exchange.strength
+    if not applied and exchange.mode == "enforce":
+        report["reason"] = reason
+    return report
+
+
+def applied_word(exchange: Exchange) -> Applied:
+    """The value of ``X-Trimtab-Applied`` for an answer that is complete."""
+    if exchange.mode == "shadow":
+        return "shadow"
+    return "enforce" if exchange.applied()[0] else "off"
+
+
+def promised_word(exchange: Exchange) -> Applied:
+    """The value of ``X-Trimtab-Applied`` for a stream that is about to begin.
+
+    Under a ``closed`` policy a stream whose plan cannot be placed ends in an error, so what has
+    begun to be applied may be promised for the rest of it. Under ``open`` only what is known
+    counts.
+    """
+    if (
+        exchange.plan is not None
+        and exchange.mode == "enforce"
+        and exchange.on_failure == "closed"
+        and not refused_by_worker(exchange)
+    ):
+        return "enforce"
+    return applied_word(exchange)
+
+
+def refused_by_worker(exchange: Exchange) -> bool:
+    """Whether a worker has reported that it did not place the plan."""
+    return any(a is not None and not a.applied for a in exchange.acknowledgements.values())
+
+
+def settled(exchange: Exchange) -> bool:
+    """Whether the headers of a stream can be sent because what they say can no longer change.
+
+    ``open`` waits for the report on every engine request started so far, ``closed`` for the first.
+    """
+    if exchange.on_failure == "closed" and exchange.plan is not None:
+        return any(exchange.acknowledgements.values())
+    return exchange.acknowledged
+
+
+def report_headers(exchange: Exchange, word: Applied) -> list[tuple[bytes, bytes]]:
+    """The two headers, as ASGI has them."""
+    return [
+        (b"x-trimtab-policy", exchange.policy.encode()),
+        (b"x-trimtab-applied", word.encode()),
+    ]

@@ -1,0 +1,85 @@
+"""``GET /v1/steering/status``: what this server steers with, and how it is known to work."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from server.catalogue import Catalogue
+from server.versions import installed_versions
+from steering.engine.proof import Proof
+
+
+class PolicyStatus(BaseModel):
+    """One policy as it is served."""
+
+    name: str
+    version: int
+    mode: Literal["off", "shadow", "enforce"]
+    onFailure: Literal["closed", "open"]  # noqa: N815 (a key of the policy language)
+    strengthRange: tuple[float, float]  # noqa: N815
+    description: str
+    identity: str = Field(description="sha256 of the policy's canonical form")
+    plan: str = Field(description="identity of what it does to this model")
+
+
+class ProofStatus(BaseModel):
+    """What the start-up proof measured, in nats of log-probability."""
+
+    layers: list[int] = Field(description="layers whose edits were each shown to act")
+    floor: float = Field(description="largest difference between two plain runs")
+    least_effect: float = Field(description="smallest effect of the known edit over the layers")
+
+
+class SteeringStatus(BaseModel):
+    """The answer."""
+
+    model: str
+    default: str
+    policies: list[PolicyStatus]
+    slots: dict[str, int] = Field(description="this process's share, by state")
+    proof: ProofStatus
+    versions: dict[str, str | None]
+
+
+router = APIRouter()
+
+
+@router.get("/v1/steering/status")
+async def steering_status(request: Request) -> SteeringStatus:
+    """The policies, the slots, the proof and the versions of this process."""
+    state = request.app.state
+    return SteeringStatus(
+        model=state.trimtab.model_name,
+        default=state.trimtab.catalogue.default,
+        policies=policy_statuses(state.trimtab.catalogue),
+        slots=state.trimtab.ledger.snapshot(),
+        proof=proof_status(state.trimtab_proof),
+        versions=installed_versions(),
+    )
+
+
+def policy_statuses(catalogue: Catalogue) -> list[PolicyStatus]:
+    """The policies of a catalogue, in its order."""
+    return [
+        PolicyStatus(
+            name=entry.policy.name,
+            version=entry.policy.version,
+            mode=entry.policy.mode,
+            onFailure=entry.policy.on_failure,
+            strengthRange=entry.policy.strength_range,
+            description=entry.policy.description,
+            identity=entry.policy.identity,
+            plan=entry.plan.id,
+        )
+        for entry in catalogue.entries.values()
+    ]
+
+
+def proof_status(proof: Proof) -> ProofStatus:
+    """The part of a proof that is worth telling."""
+    return ProofStatus(
+        layers=list(proof.layers), floor=proof.floor, least_effect=proof.least_effect
+    )

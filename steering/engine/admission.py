@@ -1,0 +1,211 @@
+"""The one door into the engine: every request passes ``InputProcessor.process_inputs``.
+
+Admission runs in the API process, before the scheduler sees the request. It decides under which plan
+the request runs, refuses what cannot be served, stamps the engine request and derives the salt of its
+prefix-cache blocks. Here an error reaches one client as a 4xx; in a worker it would end everyone's
+requests.
+
+Extension points, checked against vLLM 0.32 and 0.33 (``v1/engine/input_processor.py``,
+``v1/engine/output_processor.py``, ``vllm/exceptions.py``):
+
+* ``InputProcessor.process_inputs(request_id, prompt, params, ...)`` returns the ``EngineCoreRequest``,
+  before ``n > 1`` is fanned out.
+* ``InputProcessor.process_inputs_async``: the same on a thread of the renderer, for raw prompts. Threads
+  of an executor do not see context variables, so it is replaced by one that carries them.
+* ``VLLMValidationError`` becomes a 400, ``GracefulHTTPError`` the status that it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import hashlib
+import json
+from http import HTTPStatus
+from typing import Any
+
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from steering.engine.exchange import Acknowledgement, Exchange, current_exchange
+from steering.engine.identity import operators_digest
+from steering.engine.ledger import SlotLedger
+from steering.engine.stamp import KEY, Stamp, read_stamp
+from steering.plan import Plan
+
+_ATTRIBUTE = "trimtab_frontend"
+
+
+class SlotsExhaustedError(GracefulHTTPError):  # type: ignore[misc]
+    """Every slot is in use; the client may try again."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "E_SLOTS_EXHAUSTED: every steering slot is in use; try again",
+            HTTPStatus.TOO_MANY_REQUESTS,
+        )
+
+
+class PlanNotPlacedError(GracefulHTTPError):  # type: ignore[misc]
+    """The engine did not apply the plan."""
+
+    def __init__(self, reason: str | None) -> None:
+        super().__init__(
+            f"E_PLAN_NOT_PLACED: the engine did not apply the policy ({reason})",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
+
+
+class Frontend:
+    """What one API process knows about its engine.
+
+    Args:
+        ledger: this process's share of the slots.
+
+    Attributes:
+        plans: the plans that every worker has confirmed, by id.
+        requests: unfinished steered engine requests, by internal request id.
+    """
+
+    def __init__(self, ledger: SlotLedger) -> None:
+        self.ledger = ledger
+        self.plans: dict[str, Plan] = {}
+        self.requests: dict[str, tuple[Exchange | None, str]] = {}
+
+    def decide(self, params: Any, resumable: bool = False) -> Stamp | None:
+        """What the request that is being admitted runs under.
+
+        Raises:
+            VLLMValidationError: it names a plan that is not active, or cannot be steered at all.
+            SlotsExhaustedError: no slot is free and the policy fails closed.
+        """
+        exchange = current_exchange.get()
+        extra_args = params.extra_args if isinstance(params, SamplingParams) else None
+        if exchange is not None:
+            if KEY in (extra_args or {}):
+                raise VLLMValidationError(
+                    f"E_RESERVED_KEY: {KEY!r} in vllm_xargs is set by the server; "
+                    "choose a policy with the steering field",
+                    parameter="vllm_xargs",
+                )
+            if exchange.plan is None or exchange.declined is not None:
+                return None
+            stamp = Stamp(exchange.plan.id, exchange.strength)
+        else:
+            try:
+                offline = read_stamp(extra_args)
+            except ValueError as error:
+                raise VLLMValidationError(f"E_STAMP: {error}", parameter="extra_args") from None
+            if offline is None or offline.strength == 0.0:
+                return None
+            stamp = offline
+        if not isinstance(params, SamplingParams):
+            raise VLLMValidationError(
+                "E_NOT_GENERATION: a policy applies to generation, this request is for pooling"
+            )
+        if resumable:
+            raise VLLMValidationError(
+                "E_STREAMING_INPUT: a request whose input arrives in pieces cannot be steered"
+            )
+        plan = self.plans.get(stamp.plan)
+        if plan is None:
+            raise VLLMValidationError(
+                f"E_PLAN_INACTIVE: plan {stamp.plan[:12]} is not active on this engine"
+            )
+        if not self.ledger.can_admit(plan):
+            if exchange is not None and exchange.on_failure == "open":
+                exchange.declined = "slots_exhausted"
+                return None
+            raise SlotsExhaustedError
+        return stamp
+
+    def enter(self, request_id: str, stamp: Stamp) -> None:
+        """Count an engine request that is about to be sent to the engine."""
+        exchange = current_exchange.get()
+        self.requests[request_id] = (exchange, stamp.plan)
+        self.ledger.acquire(stamp.plan, len(self.plans[stamp.plan].rows))
+        if exchange is not None:
+            exchange.acknowledgements[request_id] = None
+
+    def leave(self, request_id: str) -> None:
+        """Stop counting an engine request that ended, in whatever way."""
+        entry = self.requests.pop(request_id, None)
+        if entry is not None:
+            self.ledger.release(entry[1])
+
+    def acknowledge(self, request_id: str, acknowledgement: Acknowledgement) -> None:
+        """Take the worker's report on one engine request."""
+        entry = self.requests.get(request_id)
+        if entry is not None and entry[0] is not None:
+            entry[0].acknowledgements[request_id] = acknowledgement
+
+
+def derive_salt(client_salt: str | None, stamp: Stamp | None) -> str | None:
+    """The salt of a request's prefix-cache blocks.
+
+    Keys and values of later layers depend on every edit before them, so blocks may be shared only by
+    requests with the same plan at the same strength. The plan's id covers the content of its directions,
+    the operators' digest their meaning. A client's own salt is kept in a name space of its own: whatever
+    a client sends, it can neither read nor write the blocks of another plan.
+    """
+    if stamp is None:
+        return None if client_salt is None else f"client:{client_salt}"
+    material = json.dumps([client_salt, stamp.plan, stamp.strength, operators_digest()])
+    return "trimtab:" + hashlib.sha256(material.encode()).hexdigest()
+
+
+def wrap_process_inputs(input_processor_class: Any) -> None:
+    """Put admission in front of every engine request that the class makes."""
+    original = input_processor_class.process_inputs
+
+    @functools.wraps(original)
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        frontend = frontend_of(self)
+        if frontend is None:
+            _refuse_unserved(params)
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        stamp = frontend.decide(params, resumable=bool(kwargs.get("resumable")))
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        request.cache_salt = derive_salt(request.cache_salt, stamp)
+        if request.sampling_params is not None:
+            extra_args = request.sampling_params.extra_args
+            if stamp is not None:
+                request.sampling_params.extra_args = stamp.to_extra_args(extra_args)
+            elif KEY in (extra_args or {}):
+                request.sampling_params.extra_args = {
+                    k: v for k, v in extra_args.items() if k != KEY
+                }
+        return request
+
+    input_processor_class.process_inputs = process_inputs
+
+
+def _refuse_unserved(params: Any) -> None:
+    exchange = current_exchange.get()
+    extra_args = params.extra_args if isinstance(params, SamplingParams) else None
+    if KEY in (extra_args or {}) or (exchange is not None and exchange.plan is not None):
+        raise VLLMValidationError("E_NOT_READY: no policy is active on this engine yet")
+
+
+def attach_frontend(engine: Any, frontend: Frontend) -> None:
+    """Make an ``AsyncLLM`` or ``LLMEngine`` admit through ``frontend``."""
+    setattr(engine.input_processor, _ATTRIBUTE, frontend)
+    setattr(engine.output_processor, _ATTRIBUTE, frontend)
+    input_processor = engine.input_processor
+
+    async def process_inputs_async(*args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(input_processor.process_inputs, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(
+            input_processor.renderer._executor, contextvars.copy_context().run, call
+        )
+
+    input_processor.process_inputs_async = process_inputs_async
+
+
+def frontend_of(processor: Any) -> Frontend | None:
+    """The frontend of an input or output processor, if its engine has one."""
+    frontend: Frontend | None = getattr(processor, _ATTRIBUTE, None)
+    return frontend

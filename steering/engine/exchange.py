@@ -1,0 +1,91 @@
+"""What one HTTP request's steering is, shared by the HTTP layer and the engine's client side.
+
+The HTTP layer resolves which policy a request runs under and puts an :class:`Exchange` into
+:data:`current_exchange` before the request enters vLLM's own handlers. Context variables follow the
+request into every task that those handlers start, so admission, which sits much deeper, finds the
+exchange whichever API was called and however many engine requests one HTTP request becomes.
+
+The exchange also carries the way back: the worker's word on whether the plan was placed, which is
+the only thing that ``applied`` is ever derived from.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
+
+from directions.errors import TrimtabError
+from steering.plan import Plan
+
+Mode = Literal["off", "shadow", "enforce"]
+OnFailure = Literal["closed", "open"]
+
+
+@dataclass(frozen=True)
+class Acknowledgement:
+    """The worker's report on one engine request.
+
+    Attributes:
+        applied: the plan was in the tables before the request's first forward pass.
+        reason: stable lower-case word when it was not, e.g. ``plan_unknown``.
+    """
+
+    applied: bool
+    reason: str | None = None
+
+
+@dataclass
+class Exchange:
+    """One HTTP request's steering, from selection to the report in its answer.
+
+    Attributes:
+        policy: ``name@version`` or ``off``.
+        mode: the policy's mode.
+        on_failure: the policy's failure rule.
+        strength: the request's multiplier of the policy's strengths.
+        plan: what to apply; ``None`` when there is nothing to (mode off or shadow, strength 0,
+            a policy without edits).
+        acknowledgements: by engine request id (one per prompt and per ``n``); ``None`` until the
+            worker has reported.
+        declined: why an ``open`` policy is not applied to a request that runs all the same, e.g.
+            ``slots_exhausted``.
+        refusal: the error with which the engine's side refused the request. vLLM's handlers reword
+            or cut an exception's message on some routes; the HTTP layer answers from this instead.
+    """
+
+    policy: str
+    mode: Mode
+    on_failure: OnFailure
+    strength: float
+    plan: Plan | None
+    acknowledgements: dict[str, Acknowledgement | None] = field(default_factory=dict)
+    declined: str | None = None
+    refusal: TrimtabError | None = None
+
+    @property
+    def acknowledged(self) -> bool:
+        """Every engine request started so far has been reported on (vacuously true without a plan)."""
+        if self.plan is None or self.declined is not None:
+            return True
+        return bool(self.acknowledgements) and all(self.acknowledgements.values())
+
+    def applied(self) -> tuple[bool, str | None]:
+        """Whether every engine request so far ran with the plan, and if not, why."""
+        if self.declined is not None:
+            return False, self.declined
+        if self.plan is None:
+            if self.mode != "enforce":
+                return False, self.mode
+            return False, "strength_zero" if self.strength == 0.0 else "no_edits"
+        if not self.acknowledgements:
+            return False, "not_run"
+        for acknowledgement in self.acknowledgements.values():
+            if acknowledgement is None:
+                return False, "not_acknowledged"
+            if not acknowledgement.applied:
+                return False, acknowledgement.reason
+        return True, None
+
+
+current_exchange: ContextVar[Exchange | None] = ContextVar("trimtab_exchange", default=None)

@@ -1,0 +1,123 @@
+"""The plug-in's identity in vLLM's compile cache.
+
+vLLM stores compiled code under a key that does not contain the source of plug-ins or the hooks on a
+model. Without more, code compiled by plain vLLM is loaded into a steered engine, and the steering is
+silently gone. ``VllmConfig.additional_config`` is part of the key; the identity goes there: what the
+operators' source says, which sites are hooked, and the sizes that end up in the compiled code.
+
+Extension points, checked against vLLM 0.32 and 0.33 (``engine/arg_utils.py``, ``config/vllm.py``):
+``EngineArgs.create_engine_config``, ``VllmConfig.additional_config``, ``VllmConfig.compute_hash``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import steering.ops
+from directions.errors import TrimtabError
+from steering.engine.settings import EngineSettings
+
+NAME = "trimtab"
+
+
+def operators_digest() -> str:
+    """sha256 over the source of every module that ends up in compiled code."""
+    sources = [
+        *Path(steering.ops.__file__).parent.glob("*.py"),
+        Path(__file__).with_name("sites.py"),
+    ]
+    return digest_sources(tuple(sorted(sources)))
+
+
+@functools.cache
+def digest_sources(paths: tuple[Path, ...]) -> str:
+    """sha256 over names and contents of source files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def compile_factors(settings: EngineSettings) -> dict[str, Any]:
+    """What the compile cache's key must tell apart."""
+    return {
+        "operators": operators_digest(),
+        "sites": {"residual": "all" if settings.layers is None else list(settings.layers)},
+        "slots": settings.slots,
+    }
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Refuse an engine whose mode would make steering wrong or has not been shown to be right.
+
+    Raises:
+        TrimtabError: ``E_ENGINE_MODE`` with the option and the reason.
+    """
+    parallel = config.parallel_config
+    checks: list[tuple[bool, str, str]] = [
+        (
+            bool(config.use_v2_model_runner),
+            "VLLM_USE_V2_MODEL_RUNNER",
+            "only Model Runner V1 is supported; set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        (
+            bool(parallel.use_ubatching),
+            "--enable-dbo",
+            "a layer sees a slice of the batch, so tokens and slots no longer correspond",
+        ),
+        (
+            bool(parallel.use_sequence_parallel_moe),
+            "sequence-parallel MoE",
+            "a layer sees a shard of the tokens, so tokens and slots no longer correspond",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "--prefill-context-parallel-size",
+            "a rank sees a part of the prompt, so tokens and slots no longer correspond",
+        ),
+        (
+            bool(config.cache_config.kv_sharing_fast_prefill),
+            "--kv-sharing-fast-prefill",
+            "some layers run on a part of the tokens",
+        ),
+        (
+            config.speculative_config is not None,
+            "--speculative-config",
+            "speculative decoding with steering has not been verified",
+        ),
+    ]
+    for unsupported, option, reason in checks:
+        if unsupported:
+            raise TrimtabError(
+                "E_ENGINE_MODE",
+                f"{option} cannot be combined with steering: {reason}",
+                field=option,
+            )
+
+
+def wrap_create_engine_config(engine_args_class: Any) -> None:
+    """Make every engine configuration carry the plug-in's identity."""
+    original = engine_args_class.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        refuse_unsupported(config)
+        if not isinstance(config.additional_config, dict):
+            raise TrimtabError(
+                "E_ADDITIONAL_CONFIG",
+                "--additional-config must be a JSON object, so that the compile cache's key can "
+                "hold the plug-in's identity",
+                field="--additional-config",
+            )
+        # A new dict: the original may be shared with the arguments that other processes parse.
+        config.additional_config = {
+            **config.additional_config,
+            NAME: compile_factors(EngineSettings.from_environment()),
+        }
+        return config
+
+    engine_args_class.create_engine_config = create_engine_config

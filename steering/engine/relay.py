@@ -1,0 +1,176 @@
+"""The way back: the worker's word on each request, to the API process that asked.
+
+A report rides on what vLLM already sends, so its order against the tokens is vLLM's own and there is no
+second connection to lose: the model runner's output (worker → scheduler), then
+``EngineCoreOutput.kv_transfer_params`` (scheduler → API process), from which it is taken before anything
+else sees it.
+
+A request whose plan was not placed has run unsteered, and the keys and values that it wrote lie in the
+prefix cache under the steered salt. The scheduler ends such a request with an error and drops the cache
+with it, so that nobody's answer is built on them; under either failure rule, since what ran cannot be
+told apart any more. Admission makes this a defect's consequence, not an operating state.
+
+Extension points, checked against vLLM 0.32 and 0.33:
+
+* ``SchedulerConfig.get_scheduler_cls()`` (``config/scheduler.py``), subclassed so that synchronous and
+  asynchronous scheduling stay what they are.
+* ``Scheduler.update_from_output``, ``finish_requests``, ``reset_prefix_cache``
+  (``v1/core/sched/scheduler.py``).
+* ``OutputProcessor.add_request``, ``process_outputs``, ``abort_requests``, ``_finish_request``
+  (``v1/engine/output_processor.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from steering.engine.admission import PlanNotPlacedError, frontend_of
+from steering.engine.exchange import Acknowledgement
+from steering.engine.runner_v1 import REPORTS
+from steering.engine.stamp import read_stamp
+
+logger = logging.getLogger(__name__)
+
+CARRIER = "_trimtab"
+"""Key in ``kv_transfer_params`` between the scheduler and the API process; never seen by a client."""
+
+
+def wrap_get_scheduler_cls(scheduler_config_class: Any) -> None:
+    """Make every scheduler pass the workers' reports on."""
+    original = scheduler_config_class.get_scheduler_cls
+
+    @functools.wraps(original)
+    def get_scheduler_cls(self: Any) -> Any:
+        return _reporting(original(self))
+
+    scheduler_config_class.get_scheduler_cls = get_scheduler_cls
+
+
+@functools.cache
+def _reporting(base: Any) -> Any:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+    from vllm.v1.request import RequestStatus
+
+    class Reporting(base):  # type: ignore[misc]
+        """A scheduler that carries reports by request until there is an output to attach them to."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._trimtab_reports: dict[str, tuple[bool, str | None]] = {}
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
+            self._trimtab_reports.update(getattr(model_runner_output, REPORTS, None) or {})
+            if self._trimtab_reports:
+                self._attach_reports(outputs)
+            return outputs
+
+        def _attach_reports(self, outputs: dict[int, Any]) -> None:
+            reports = self._trimtab_reports
+            failed = {request_id: report for request_id, report in reports.items() if not report[0]}
+            if failed:
+                self._fail(failed, outputs)
+            for group in outputs.values():
+                for output in group.outputs:
+                    report = reports.pop(output.request_id, None)
+                    if report is not None:
+                        output.kv_transfer_params = {
+                            **(output.kv_transfer_params or {}),
+                            CARRIER: list(report),
+                        }
+            # What is left waits for its request's first output; a request that is gone has none.
+            for request_id in [r for r in reports if r not in self.requests]:
+                del reports[request_id]
+
+        def _fail(
+            self, failed: dict[str, tuple[bool, str | None]], outputs: dict[int, Any]
+        ) -> None:
+            for request_id, (_, reason) in failed.items():
+                logger.error("plan of request %s was not placed: %s", request_id, reason)
+                request = self.requests.get(request_id)
+                client = None if request is None else request.client_index
+                self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
+                if client is None:
+                    continue
+                group = outputs.setdefault(client, EngineCoreOutputs())
+                group.outputs = [o for o in group.outputs if o.request_id != request_id]
+                group.outputs.append(
+                    EngineCoreOutput(
+                        request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR
+                    )
+                )
+            self.reset_prefix_cache(reset_running_requests=True)
+
+    Reporting.__name__ = Reporting.__qualname__ = f"Reporting{base.__name__}"
+    return Reporting
+
+
+def wrap_output_processor(output_processor_class: Any) -> None:
+    """Count steered requests and hand each report to the exchange that it belongs to."""
+    add_request = output_processor_class.add_request
+    process_outputs = output_processor_class.process_outputs
+    abort_requests = output_processor_class.abort_requests
+    finish_request = output_processor_class._finish_request
+
+    @functools.wraps(add_request)
+    def counted_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        add_request(self, request, *args, **kwargs)
+        frontend = frontend_of(self)
+        params = request.sampling_params
+        if frontend is not None and params is not None:
+            stamp = read_stamp(params.extra_args)
+            if stamp is not None:
+                frontend.enter(request.request_id, stamp)
+
+    @functools.wraps(process_outputs)
+    def reporting_process_outputs(
+        self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        frontend = frontend_of(self)
+        failed: dict[str, tuple[Any, str | None]] = {}
+        for output in engine_core_outputs:
+            carried = output.kv_transfer_params
+            if not carried or CARRIER not in carried:
+                continue
+            applied, reason = carried.pop(CARRIER)
+            output.kv_transfer_params = carried or None
+            if frontend is not None:
+                frontend.acknowledge(output.request_id, Acknowledgement(applied, reason))
+            state = self.request_states.get(output.request_id)
+            if not applied and state is not None:
+                failed[output.request_id] = (state, reason)
+        processed = process_outputs(self, engine_core_outputs, *args, **kwargs)
+        for state, reason in failed.values():
+            if state.queue is not None:
+                state.queue.put(PlanNotPlacedError(reason))
+            if state.parent_req is not None:
+                # One error ends the whole request; its other sequences have nobody to answer to.
+                processed.reqs_to_abort.extend(
+                    self.abort_requests([state.parent_req.request_id], internal=True)
+                )
+                if state.queue is not None:
+                    state.queue.put(PlanNotPlacedError(reason))
+        return processed
+
+    @functools.wraps(abort_requests)
+    def counted_abort_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
+        aborted = abort_requests(self, *args, **kwargs)
+        frontend = frontend_of(self)
+        if frontend is not None:
+            for request_id in aborted:
+                frontend.leave(request_id)
+        return aborted
+
+    @functools.wraps(finish_request)
+    def counted_finish_request(self: Any, req_state: Any) -> None:
+        finish_request(self, req_state)
+        frontend = frontend_of(self)
+        if frontend is not None:
+            frontend.leave(req_state.request_id)
+
+    output_processor_class.add_request = counted_add_request
+    output_processor_class.process_outputs = reporting_process_outputs
+    output_processor_class.abort_requests = counted_abort_requests
+    output_processor_class._finish_request = counted_finish_request

@@ -1,0 +1,76 @@
+"""What the engine side is told before it starts, carried by the environment into every process.
+
+vLLM starts its engine and worker processes by itself and they load the plug-in from its entry point, so
+the environment is the only channel that reaches all of them early enough. The plug-in is inert unless
+``TRIMTAB_ENGINE=1``: an environment with Trimtab installed serves plain vLLM untouched.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from directions.errors import TrimtabError
+
+ENABLE = "TRIMTAB_ENGINE"
+SLOTS = "TRIMTAB_SLOTS"
+LAYERS = "TRIMTAB_LAYERS"
+
+DEFAULT_SLOTS = 32
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Sizes and sites that are fixed when the engine starts.
+
+    Attributes:
+        slots: rows of the tables, the identity included; a plan takes one or two.
+        layers: decoder layers to hook; ``None`` hooks all.
+    """
+
+    slots: int = DEFAULT_SLOTS
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.slots <= 4096:
+            raise TrimtabError(
+                "E_SLOTS",
+                f"{self.slots} slots; a server needs at least 2 (slot 0 is the identity)",
+                field="--slots",
+                expected="2 to 4096",
+            )
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables that make child processes run with these settings."""
+        environment = {ENABLE: "1", SLOTS: str(self.slots)}
+        if self.layers is not None:
+            environment[LAYERS] = ",".join(map(str, self.layers))
+        return environment
+
+    @classmethod
+    def from_environment(cls) -> EngineSettings:
+        """Read back what :meth:`to_environment` wrote.
+
+        Raises:
+            TrimtabError: ``E_SLOTS`` or ``E_LAYERS`` for values that are not whole numbers.
+        """
+        slots_text = os.environ.get(SLOTS, str(DEFAULT_SLOTS))
+        layers_text = os.environ.get(LAYERS, "")
+        try:
+            slots = int(slots_text)
+        except ValueError:
+            raise TrimtabError(
+                "E_SLOTS", f"{slots_text!r} is not a whole number", field=SLOTS
+            ) from None
+        try:
+            layers = tuple(sorted({int(n) for n in layers_text.split(",") if n.strip()}))
+        except ValueError:
+            raise TrimtabError(
+                "E_LAYERS", f"{layers_text!r} is not a list of layers", field=LAYERS
+            ) from None
+        return cls(slots=slots, layers=layers or None)
+
+
+def enabled() -> bool:
+    """Whether this process is meant to steer."""
+    return os.environ.get(ENABLE) == "1"

@@ -1,0 +1,52 @@
+"""The stamp that a request carries through vLLM's scheduler to the worker.
+
+vLLM passes ``SamplingParams.extra_args`` through every process untouched; the stamp is one entry of it.
+Admission writes it in the API process, after everything that could be wrong with the request has been
+checked. A client cannot: the HTTP layer refuses the key.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+KEY = "trimtab"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Which plan a request runs under.
+
+    Attributes:
+        plan: the plan's id.
+        strength: finite multiplier, not 0.
+    """
+
+    plan: str
+    strength: float
+
+    def to_extra_args(self, extra_args: dict[str, Any] | None) -> dict[str, Any]:
+        """``extra_args`` with this stamp in it; the original is left alone."""
+        return {**(extra_args or {}), KEY: {"plan": self.plan, "strength": self.strength}}
+
+
+def read_stamp(extra_args: dict[str, Any] | None) -> Stamp | None:
+    """The stamp in a request's ``extra_args``, or ``None``.
+
+    Raises:
+        ValueError: an entry of the stamp's name that is not a stamp.
+    """
+    entry = (extra_args or {}).get(KEY)
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or set(entry) != {"plan", "strength"}:
+        raise ValueError(f"{KEY!r} must hold a plan and a strength, it holds {entry!r}")
+    plan, strength = entry["plan"], entry["strength"]
+    if not isinstance(plan, str):
+        raise ValueError(f"the plan must be a string, it is {plan!r}")
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise ValueError(f"the strength must be a number, it is {strength!r}")
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength must be finite, it is {strength!r}")
+    return Stamp(plan, float(strength))

@@ -1,0 +1,139 @@
+"""``trimtab serve`` where it does not come to a server: help, mistakes, refusals.
+
+Those that need vLLM's parser, which takes seconds to import, are marked with the engine's tests.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.server.served import TRIMTAB, environment, put_random_direction, write_policy
+
+
+def run(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [TRIMTAB, *arguments],
+        env=environment(home, **env),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_help_answers_at_once_and_imports_neither_torch_nor_vllm(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = run(tmp_path, "serve", "--help")
+    seconds = time.monotonic() - started
+    assert done.returncode == 0
+    for flag in ("--policies", "--default-policy", "--slots", "--max-body-bytes", "--vllm-help"):
+        assert flag in done.stdout
+    assert "vLLM" in done.stdout
+    assert seconds < 10
+    code = (
+        "import sys, server.cli.main\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_version_tells_what_is_installed(tmp_path: Path) -> None:
+    done = run(tmp_path, "version")
+    assert done.returncode == 0
+    assert "trimtab 0.1.0" in done.stdout
+    assert "vllm 0.3" in done.stdout
+
+
+def test_bad_policy_files_stop_the_start_with_all_their_errors_at_once(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    folder = tmp_path / "policies"
+    write_policy(folder, "good")
+    write_policy(folder, "twice")
+    (folder / "again.yaml").write_text((folder / "twice.yaml").read_text())
+    (folder / "unknown-key.yaml").write_text(
+        "apiVersion: trimtab/v1\nkind: Policy\nname: a\nmoode: enforce\n"
+    )
+    (folder / "broken.yml").write_text("name: [\n")
+    started = time.monotonic()
+    done = run(tmp_path, "serve", str(tiny_checkpoint), f"--policies={folder}")
+    assert time.monotonic() - started < 20, "errors of policies must not wait for vLLM"
+    assert done.returncode == 2
+    for said in ("unknown-key.yaml", "E_POLICY_KEY", "broken.yml", "E_POLICY_DUPLICATE_NAME"):
+        assert said in done.stderr
+    assert "good.yaml" not in done.stderr
+
+
+def test_a_default_policy_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    write_policy(tmp_path / "policies", "guard")
+    arguments = [f"--policies={tmp_path / 'policies'}", "--default-policy=gard"]
+    done = run(tmp_path, "serve", "/nowhere", *arguments)
+    assert done.returncode == 2
+    assert "E_POLICY_UNKNOWN" in done.stderr
+    assert "guard, off" in done.stderr
+
+
+@pytest.mark.engine
+def test_a_flag_that_neither_side_knows_names_both(tmp_path: Path) -> None:
+    done = run(tmp_path, "serve", "/nowhere", "--dtype", "float32", "--polices", "x")
+    assert done.returncode == 2
+    assert last_line(done) == (
+        "error E_OPTION at --polices: neither trimtab serve nor vLLM knows --polices; "
+        "did you mean --policies?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "said"),
+    [
+        pytest.param(["/nowhere", "--grpc"], {}, "--grpc", marks=pytest.mark.engine),
+        pytest.param(["/nowhere", "--headless"], {}, "--headless", marks=pytest.mark.engine),
+        (["/nowhere"], {"VLLM_USE_RUST_FRONTEND": "1"}, "Rust front end"),
+    ],
+)
+def test_what_would_not_be_steered_is_refused_with_a_reason(
+    tmp_path: Path, arguments: list[str], env: dict[str, str], said: str
+) -> None:
+    done = run(tmp_path, "serve", *arguments, **env)
+    assert done.returncode == 2
+    assert "E_SERVE_UNSUPPORTED" in last_line(done)
+    assert said in last_line(done)
+
+
+@pytest.mark.engine
+def test_vllms_own_complaints_about_its_flags_are_passed_on(tmp_path: Path) -> None:
+    done = run(tmp_path, "serve", "/nowhere", "--port", "many")
+    assert done.returncode == 2
+    assert "E_OPTION" in last_line(done)
+    assert "--port" in last_line(done)
+    done = run(tmp_path, "serve", "--dtype", "float32")
+    assert (done.returncode, last_line(done)) == (2, "error E_OPTION at MODEL: no model is named")
+
+
+@pytest.mark.engine
+def test_a_policy_that_does_not_fit_the_model_is_found_before_vllm_starts(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    put_random_direction(tmp_path, tiny_checkpoint)
+    folder = tmp_path / "policies"
+    write_policy(folder, "far").write_text(
+        write_policy(folder, "far").read_text().replace("layers: all", 'layers: "2-9"')
+    )
+    write_policy(folder, "missing").write_text(
+        write_policy(folder, "missing").read_text().replace("north@1", "south@1")
+    )
+    done = run(tmp_path, "serve", str(tiny_checkpoint), f"--policies={folder}")
+    assert done.returncode == 2
+    assert "E_LAYER_RANGE" in done.stderr
+    assert "E_ARTEFACT_UNKNOWN" in done.stderr
+    assert "EngineCore" not in done.stdout + done.stderr

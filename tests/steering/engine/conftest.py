@@ -1,0 +1,38 @@
+"""Engines run in this process: no second interpreter to start, and nothing between test and engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    TRIMTAB_ENGINE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The tiny random model with its reference, directions and the standard policies."""
+    from tests.steering.engine.harness import build_world, standard_policies
+
+    world = build_world(tiny_checkpoint, tmp_path_factory.mktemp("tiny-store"))
+    standard_policies(world)
+    return world
+
+
+@pytest.fixture(scope="session")
+def demo_world(demo_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The demonstration model with its reference, directions and the standard policies."""
+    from tests.steering.engine.harness import build_world, standard_policies
+
+    world = build_world(demo_model, tmp_path_factory.mktemp("demo-store"))
+    standard_policies(world)
+    return world

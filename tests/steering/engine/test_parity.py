@@ -1,0 +1,124 @@
+"""The engine says what the reference says, whatever the scheduler does with the requests."""
+
+from __future__ import annotations
+
+import pytest
+
+from steering.engine.control import activate_local
+from tests.steering.engine.harness import Request, assert_parity, engine, run
+
+pytestmark = pytest.mark.engine
+
+QUESTIONS = (
+    "Which way does the wind blow today, and how should a small boat set its sails?",
+    "Explain in two sentences why ships float.",
+    "Write a short letter to a friend about the sea.",
+)
+
+
+def mixed_batch(world):
+    """Plain, steered and differently steered requests, every scope and strength, one with n=4."""
+    prompts = [tuple(world.prompt(q)) for q in QUESTIONS]
+    requests = [Request(p) for p in prompts]
+    for n, policy in enumerate(world.policies):
+        requests += [Request(prompts[n % 3], policy), Request(prompts[(n + 1) % 3], policy)]
+    requests += [Request(prompts[0], "one", s) for s in (-1.0, 0.0, 0.5, 2.0)]
+    requests += [Request(prompts[1], "split", s) for s in (-1.0, 0.5, 2.0)]
+    requests += [Request(prompts[2], "several", n=4), Request(prompts[2], n=4)]
+    return requests
+
+
+@pytest.fixture(scope="module", params=["tiny_world", "demo_world"])
+def world(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def roomy(world):
+    """An engine that takes every prompt in one piece and never runs out of cache."""
+    with engine(world.path) as llm:
+        activate_local(llm, world.plans.values(), world.store)
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def starved(world):
+    """An engine that must split every prompt and preempt requests."""
+    with engine(
+        world.path,
+        block_size=32,
+        num_gpu_blocks_override=24,
+        max_num_batched_tokens=32,
+        max_num_seqs=16,
+        max_model_len=256,
+    ) as llm:
+        activate_local(llm, world.plans.values(), world.store)
+        yield llm
+
+
+def metric(llm, name: str) -> float:
+    return sum(m.value for m in llm.get_metrics() if m.name == name)
+
+
+def test_a_mixed_batch_agrees_with_the_reference(world, roomy) -> None:
+    answers = run(roomy, world, mixed_batch(world))
+    assert all(len(a.token_ids) == 64 for a in answers)
+    assert_parity(world, answers, f"{world.path.name}, mixed batch")
+
+
+def test_chunked_prefill_and_preemption_agree_with_the_reference(world, starved) -> None:
+    spans = record_prompt_spans(starved)
+    before = metric(starved, "vllm:num_preemptions")
+    answers = run(starved, world, mixed_batch(world))
+    preemptions = metric(starved, "vllm:num_preemptions") - before
+    split = sum(1 for chunks in spans.values() if len(chunks) > 1)
+    print(f"\n{preemptions:.0f} preemptions, {split} prompts computed in several chunks")
+    assert preemptions > 0
+    assert split > 0
+    assert_parity(world, answers, f"{world.path.name}, chunked and preempted")
+
+
+def test_cached_prefixes_are_hit_and_agree_with_the_reference(world, starved_free) -> None:
+    prompt = tuple(world.prompt(" ".join(QUESTIONS)))
+    requests = [Request(prompt), Request(prompt, "several"), Request(prompt, "split")]
+    run(starved_free, world, requests)
+    again = run(starved_free, world, requests)
+    assert all(a.cached_tokens >= 32 for a in again)
+    assert_parity(world, again, f"{world.path.name}, from the prefix cache")
+
+
+def test_stop_strings_end_steered_answers_where_the_reference_has_them(world, roomy) -> None:
+    prompt = tuple(world.prompt(QUESTIONS[1]))
+    full = run(roomy, world, [Request(prompt, "one")])[0]
+    middle = full.text[len(full.text) // 3 :].strip()[:4]
+    stopped = run(roomy, world, [Request(prompt, "one", stop=(middle,)), Request(prompt)])
+    assert stopped[0].finish_reason == "stop"
+    assert 0 < len(stopped[0].token_ids) < 64
+    assert stopped[0].token_ids == full.token_ids[: len(stopped[0].token_ids)]
+    assert_parity(world, stopped, f"{world.path.name}, stop string")
+
+
+@pytest.fixture(scope="module")
+def starved_free(world):
+    """An engine with small cache blocks, so that short prompts fill several."""
+    with engine(world.path, block_size=32) as llm:
+        activate_local(llm, world.plans.values(), world.store)
+        yield llm
+
+
+def record_prompt_spans(llm) -> dict[str, list[int]]:
+    """Watch the scheduler's own outputs: for each request, the chunks its prompt was computed in."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    spans: dict[str, list[int]] = {}
+    original = scheduler.schedule
+
+    def schedule(*args, **kwargs):
+        output = original(*args, **kwargs)
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            request = scheduler.requests[request_id]
+            if request.num_computed_tokens <= request.num_prompt_tokens:
+                spans.setdefault(request_id, []).append(tokens)
+        return output
+
+    scheduler.schedule = schedule
+    return spans
