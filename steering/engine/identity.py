@@ -23,13 +23,15 @@ from steering.engine.settings import EngineSettings
 NAME = "trimtab"
 
 
+def operator_sources() -> tuple[Path, ...]:
+    """The modules that end up in compiled code: the operators, and the hooks that call them."""
+    operators = Path(str(steering.ops.__file__)).parent.glob("*.py")
+    return (*sorted(operators), Path(__file__).with_name("sites.py"))
+
+
 def operators_digest() -> str:
     """sha256 over the source of every module that ends up in compiled code."""
-    sources = [
-        *Path(steering.ops.__file__).parent.glob("*.py"),
-        Path(__file__).with_name("sites.py"),
-    ]
-    return digest_sources(tuple(sorted(sources)))
+    return digest_sources(operator_sources())
 
 
 @functools.cache

@@ -170,7 +170,7 @@ def test_every_choice_of_several_says_it(client: httpx.Client, path: str, stream
     assert reports == {0: GUARD, 1: GUARD, 2: GUARD}
     if stream:
         assert documents[-1]["choices"] == []
-        assert documents[-1]["usage"]["completion_tokens"] == 24
+        assert documents[-1]["usage"]["completion_tokens"] > 0
 
 
 # --- selection, with its effect

@@ -45,6 +45,7 @@ def async_engine(tiny_world, loop):
         engine = loop.run_until_complete(start())
         yield engine
         engine.shutdown()
+        loop.run_until_complete(end_tasks())
 
 
 def test_every_layer_is_shown_to_act_and_nothing_is_left_behind(async_engine, loop) -> None:
@@ -126,6 +127,14 @@ def test_an_engine_whose_hooks_are_gone_fails_the_proof(async_engine, tiny_world
         loop.run_until_complete(prove(async_engine))
     assert caught.value.code == "E_PROOF_NO_EFFECT"
     assert "VLLM_DISABLE_COMPILE_CACHE" in caught.value.message
+
+
+async def end_tasks() -> None:
+    """What the engine client left running would keep the interpreter from ending."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _unhook(worker) -> int:

@@ -1,0 +1,121 @@
+"""One engine in a process of its own, driven over pipes by ``tests.bench.overhead``.
+
+Reads one JSON command a line, ``{"case": …, "concurrency": …, "tokens": …}``, and answers each with the
+seconds that the batch took. The first line that it prints says how long the engine took to start and how
+much memory the process holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CASES = ("idle", "one layer", "all layers", "all layers, a policy each")
+
+
+def plans_for(model: Path, store_root: Path, concurrency: int) -> dict[str, list[Any]]:
+    """Compiled plans by case, one per concurrent request."""
+    import numpy as np
+
+    from directions.card import CardDraft
+    from directions.fingerprint import fingerprint
+    from directions.store import Store
+    from steering.plan import compile_policy
+    from steering.policy import parse_policy
+
+    served = fingerprint(model, weights=False)
+    store = Store(store_root)
+    size = (served.num_layers, served.hidden_size)
+    vectors = np.random.default_rng(0).standard_normal(size).astype(np.float32) * 0.01
+    draft = CardDraft(
+        method="random",
+        model=served,
+        activation_norms=(1.0,) * size[0],
+        dtype="float32",
+        created="2026-01-01T00:00:00Z",
+    )
+    reference = store.put(draft, vectors, np.ones(size[0], dtype=bool), name="bench").reference
+
+    def plan(layers: str, strength: float) -> Any:
+        add = {"direction": reference, "layers": layers, "strength": strength}
+        return compile_policy(
+            parse_policy(
+                {
+                    "apiVersion": "trimtab/v1",
+                    "kind": "Policy",
+                    "name": "bench",
+                    "edits": {"edit": {"add": add}},
+                }
+            ),
+            store,
+            served,
+        )
+
+    everywhere = f"0-{size[0] - 1}"
+    return {
+        "one layer": [plan(str(size[0] // 2), 1.0)] * concurrency,
+        "all layers": [plan(everywhere, 1.0)] * concurrency,
+        "all layers, a policy each": [plan(everywhere, 1.0 + n / 64) for n in range(concurrency)],
+    }
+
+
+def main(model: str, store: str, eager: str, max_concurrency: str) -> None:
+    """Start the engine and serve commands until standard input ends."""
+    import psutil
+    from vllm import LLM, SamplingParams
+
+    steered = os.environ.get("TRIMTAB_ENGINE") == "1"
+    began = time.perf_counter()
+    llm = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=eager == "eager",
+        max_model_len=512,
+        max_num_seqs=int(max_concurrency),
+        kv_cache_memory_bytes=512 * 2**20,
+        enable_prefix_caching=False,
+    )
+    started = time.perf_counter() - began
+    plans: dict[str, list[Any]] = {}
+    if steered:
+        from directions.store import Store
+        from steering.engine.control import activate_local
+
+        plans = plans_for(Path(model), Path(store), int(max_concurrency))
+        every = {p.id: p for case in plans.values() for p in case}
+        activate_local(llm, every.values(), Store(Path(store)))
+
+    def run(case: str, concurrency: int, tokens: int) -> float:
+        prompts = [{"prompt_token_ids": list(range(100 + n, 132 + n))} for n in range(concurrency)]
+        params = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={"trimtab": {"plan": plans[case][n].id, "strength": 1.0}}
+                if case in plans
+                else None,
+            )
+            for n in range(concurrency)
+        ]
+        began = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - began
+
+    for case in ("idle", *plans):
+        run(case, int(max_concurrency), 4)
+    memory = psutil.Process().memory_info().rss
+    print("READY " + json.dumps({"start": started, "memory": memory}), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        seconds = run(command["case"], command["concurrency"], command["tokens"])
+        print("TOOK " + json.dumps(seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
