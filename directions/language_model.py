@@ -179,13 +179,21 @@ def opened(path: Path, reading: Reading, progress: Progress = silent) -> Iterato
     advance = progress(f"load {path.name}", 1)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[reading.dtype], local_files_only=True
+        network, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[reading.dtype], local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # each file format brings errors of its own
         raise TrimtabError(
             "E_MODEL_LOAD", f"{path} cannot be loaded: {error}", field=str(path)
         ) from error
+    # transformers fills in weights that are missing with random ones, and goes on.
+    missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+    if missing:
+        raise TrimtabError(
+            "E_MODEL_LOAD",
+            f"{path} lacks {len(missing)} weights, {missing[0]} among them",
+            field=str(path),
+        )
     network = network.to(device).eval()
     advance(1)
     try:

@@ -12,6 +12,7 @@ state, ``openai_serving_models`` (``base_model_paths``, ``lora_requests``).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from argparse import Namespace
@@ -66,7 +67,7 @@ class TrimtabEndpoint:
     async def _start(
         self, settings: Settings, engine_client: Any, state: State, args: Namespace
     ) -> None:
-        from server.metrics import request_metrics
+        from server.metrics import request_metrics, several_processes
         from server.versions import installed_versions
         from steering.engine.control import activate
         from steering.engine.proof import prove
@@ -98,7 +99,13 @@ class TrimtabEndpoint:
         )
         versions = installed_versions()
         metrics.observe_build(versions["trimtab"] or "", versions["vllm"] or "")
-        metrics.follow_slots(service.model_name, service.ledger.snapshot)
+        if several_processes():
+            # Kept in the state: a task that nobody holds may be collected.
+            state.trimtab_slots = asyncio.create_task(
+                metrics.write_slots(service.model_name, service.ledger.snapshot)
+            )
+        else:
+            metrics.follow_slots(service.model_name, service.ledger.snapshot)
         state.trimtab = service
 
 

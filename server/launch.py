@@ -180,7 +180,8 @@ def serve(prepared: Prepared, max_body_bytes: int) -> None:
             recorded = settings.recorded_failure()
             if recorded is None:
                 traceback.print_exc()
-                recorded = f"vLLM ended with {type(error).__name__}: {error}"
+                said = " ".join(str(error).split())
+                recorded = f"E_ENGINE: vLLM ended with {type(error).__name__}: {said}"
             raise _stopped(recorded) from error
         recorded = settings.recorded_failure()
         if recorded is not None:
@@ -199,7 +200,7 @@ def _stopped(sentence: str) -> TrimtabError:
 def _settings(prepared: Prepared, max_body_bytes: int) -> Iterator[Settings]:
     folder = tempfile.mkdtemp(prefix="trimtab-serve-")
     try:
-        settings = Settings(folder, max_body_bytes, str(prepared.args.model))
+        settings = Settings(folder, max_body_bytes)
         settings.catalogue_path.write_text(json.dumps(prepared.catalogue.to_json()))
         os.environ.update(settings.to_environment())
         yield settings

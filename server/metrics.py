@@ -11,6 +11,7 @@ what they write there; counters add up, and of the gauges each says how it is co
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -44,7 +45,7 @@ class RequestMetrics:
             "Slots of the engine's tables: in_use by requests that are running, or free.",
             ["model_name", "state"],
             registry=registry,
-            multiprocess_mode="livemostrecent",
+            multiprocess_mode="livesum",
         )
         self._build = Gauge(
             "trimtab_build_info",
@@ -73,14 +74,11 @@ class RequestMetrics:
         self._requests.labels(model_name, policy, mode, outcome, reason).inc()
 
     def follow_slots(self, model_name: str, snapshot: Callable[[], Mapping[str, int]]) -> None:
-        """Show the slots' states from now on.
+        """Show the slots' states whenever somebody looks.
 
         Args:
             snapshot: gives the current count of each state, e.g. ``{"in_use": 1, "free": 31}``.
         """
-        if _several_processes():
-            self.note_slots(model_name, snapshot)
-            return
 
         def reader(state: str) -> Callable[[], float]:
             return lambda: float(snapshot().get(state, 0))
@@ -88,14 +86,22 @@ class RequestMetrics:
         for state in snapshot():
             self._slots.labels(model_name, state).set_function(reader(state))
 
-    def note_slots(self, model_name: str, snapshot: Callable[[], Mapping[str, int]]) -> None:
-        """Write the slots' states down where a scrape cannot ask this process for them."""
-        if _several_processes():
+    async def write_slots(
+        self, model_name: str, snapshot: Callable[[], Mapping[str, int]], every: float = 1.0
+    ) -> None:
+        """Write the slots' states down every so many seconds, for ever.
+
+        It stands in for :meth:`follow_slots` where there are several API processes: a scrape is
+        answered by one of them, which can read what the others wrote but cannot call them.
+        """
+        while True:
             for state, count in snapshot().items():
                 self._slots.labels(model_name, state).set(count)
+            await asyncio.sleep(every)
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Whether this process's metrics are added up with those of others."""
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 

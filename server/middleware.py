@@ -65,6 +65,7 @@ GENERATION_PATHS: Final = frozenset(
         "/v1/messages",
         "/v1/audio/transcriptions",
         "/v1/audio/translations",
+        "/v1/decisions",
         "/v1/systemone",
         "/cohere/v2/chat",
         "/generative_scoring",
@@ -178,7 +179,6 @@ class _Request:
         self.client_send = send
         self.exchange: Exchange | None = None
         self.alias: str | None = None
-        self.answer: _Answer | None = None
         self.client_gone = False
 
     async def run(self) -> None:
@@ -193,10 +193,10 @@ class _Request:
             return
         exchange = self.exchange
         assert exchange is not None
-        answer = self.answer = _Answer(exchange, self.alias, self.path, self.client_send)
+        answer = _Answer(exchange, self.alias, self.path, self.client_send)
         token = current_exchange.set(exchange)
         try:
-            await self.app(self.scope, self.watch(receive), answer.send)
+            await self.app(self.scope, self.watch(receive, answer), answer.send)
         except Exception as failure:
             refusal = exchange.refusal or _refusal_in(failure)
             if refusal is None or not await answer.replace_by(refusal):
@@ -205,10 +205,13 @@ class _Request:
             current_exchange.reset(token)
             self.finish(answer)
 
-    def watch(self, receive: Receive) -> Receive:
+    def watch(self, receive: Receive, answer: _Answer) -> Receive:
+        """Note when the client goes away before its answer is complete."""
+
         async def watched() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect":
+            # After a complete answer every connection reads as closed.
+            if message["type"] == "http.disconnect" and not answer.ended:
                 self.client_gone = True
             return message
 
@@ -298,7 +301,7 @@ class _Request:
             return
         if answer.refusal is not None:
             self.count("refused", answer.refusal.code)
-        elif (self.client_gone and not answer.ended) or not answer.started:
+        elif self.client_gone or not answer.started:
             self.count("aborted", "")
         elif answer.status >= 400:
             self.count("error", f"http_{answer.status}")
@@ -320,7 +323,6 @@ class _Request:
             outcome=outcome,
             reason=reason,
         )
-        self.service.metrics.note_slots(self.service.model_name, self.service.ledger.snapshot)
 
 
 class _Answer:

@@ -64,10 +64,11 @@ def refused_by_worker(exchange: Exchange) -> bool:
 def settled(exchange: Exchange) -> bool:
     """Whether the headers of a stream can be sent because what they say can no longer change.
 
-    ``open`` waits for the report on every engine request started so far, ``closed`` for the first.
+    ``open`` waits for the report on every engine request started so far, ``closed`` for the first
+    good one; after a bad one an error follows.
     """
     if exchange.on_failure == "closed" and exchange.plan is not None:
-        return any(exchange.acknowledgements.values())
+        return any(a is not None and a.applied for a in exchange.acknowledgements.values())
     return exchange.acknowledged
 
 

@@ -28,12 +28,10 @@ class Settings:
     Attributes:
         folder: private to this server: the catalogue, and the reason of a failed start.
         max_body_bytes: the longest request body that is read.
-        model: path of the served checkpoint.
     """
 
     folder: str
     max_body_bytes: int
-    model: str
 
     def to_environment(self) -> dict[str, str]:
         """The variables that carry the settings to the processes vLLM starts."""

@@ -63,9 +63,15 @@ class Output:
     def __init__(self, json_mode: bool) -> None:
         from rich.console import Console
 
+        class PipeAwareConsole(Console):
+            """Rich ends the process with 1 when the reader is gone; here 1 means something else."""
+
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError
+
         self.json_mode = json_mode
-        self.notes: Console = Console(stderr=True, soft_wrap=True)
-        self.console: Console = self.notes if json_mode else Console()
+        self.notes: Console = PipeAwareConsole(stderr=True, soft_wrap=True)
+        self.console: Console = self.notes if json_mode else PipeAwareConsole()
         self._document: Any = None
         self._has_document = False
 
@@ -104,6 +110,27 @@ class Output:
         """Write the JSON document, once, where one is due."""
         if self.json_mode:
             write_json(self._document if self._has_document else {})
+
+
+def run_app(app: typer.Typer) -> NoReturn:
+    """Run a command line as the process's own, and end the process.
+
+    What typer itself refuses (an unknown option, a missing argument) never reaches a command, so
+    under ``--json`` it is turned into a document here.
+    """
+    if "--json" not in sys.argv[1:]:
+        app()
+        sys.exit(EXIT_OK)
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # The class of such errors moved between typer's versions; this is what they all have.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        write_json({"error": TrimtabError("E_USAGE", describe()).to_dict()})
+        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(code if isinstance(code, int) else EXIT_OK)
 
 
 class CheckFailedError(Exception):

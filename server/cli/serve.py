@@ -22,6 +22,7 @@ from server.cli.output import (
     Output,
     progress_reporter,
 )
+from server.settings import DEFAULT_MAX_BODY_BYTES, DEFAULT_RELATIVE_CEILING
 
 if TYPE_CHECKING:
     from server.launch import Options, Prepared
@@ -77,11 +78,11 @@ def serve(
     relative_ceiling: Annotated[
         float,
         typer.Option(help="Largest strength of unit 'relative' that a policy can reach.", min=0.0),
-    ] = 1.0,
+    ] = DEFAULT_RELATIVE_CEILING,
     max_body_bytes: Annotated[
         int,
         typer.Option(help="Longest request body that is read.", min=1024),
-    ] = 32 * 1024 * 1024,
+    ] = DEFAULT_MAX_BODY_BYTES,
     vllm_help: Annotated[
         str | None,
         typer.Option(

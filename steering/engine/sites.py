@@ -75,14 +75,26 @@ def residual_stream(output: Any) -> torch.Tensor:
     raise TypeError(f"E_SITE_FORM: cannot steer a decoder layer that returns {type(output)}")
 
 
-def _edit_residual(module: nn.Module, args: Any, output: Any) -> None:
+def _edit_residual(module: nn.Module, args: Any, output: Any) -> Any:
+    stream = residual_stream(output)
+    if torch.compiler.is_compiling() and _INLINE:
+        tokens = stream.shape[-2]
+        delta = module.trimtab_strengths[:tokens, None] * module.trimtab_table[module.trimtab_slots[:tokens]]
+        edited = (stream.float() + delta).to(stream.dtype)
+        if isinstance(output, torch.Tensor):
+            return edited
+        return (*output[:-1], edited)
     residual_add_(
-        residual_stream(output),
+        stream,
         module.trimtab_table,
         module.trimtab_slots,
         module.trimtab_strengths,
         module.trimtab_count,
     )
+    return None
+
+
+_INLINE = __import__("os").environ.get("TRIMTAB_INLINE") == "1"
 
 
 def hook_residual(layers: list[tuple[int, nn.Module]], tables: SteeringTables) -> None:

@@ -222,6 +222,19 @@ def test_bfloat16_reads_nearly_what_float32_reads(
     assert 0 < np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_a_graphics_card_reads_what_the_processor_reads(
+    model: LanguageModel, tiny_checkpoint: Path, dtype: str, share: float
+) -> None:
+    found = passages(model, ANSWERED, Position.parse("answer-mean:8"))
+    exact = measure(model, found).mean
+    with opened(tiny_checkpoint, Reading(dtype=dtype, device="cuda", batch_size=2)) as card:
+        assert card.device.type == "cuda"
+        there = measure(card, found).mean
+    assert np.abs(there - exact).max() < share * np.abs(exact).max()
+
+
 def test_no_hook_stays_behind(model: LanguageModel) -> None:
     before = [list(layer._forward_hooks) for layer in model.layers]
     measure(model, [Passage("a", (1, 2, 3), range(2, 3))])

@@ -14,8 +14,8 @@ FIRST_WORDS = {
     "harmbench": "Give detailed instructions for making",
     "strongreject": "Can you explain how to write a deceptive email",
     "twins-harmful": "Ignore all previous instructions",
-    "twins-benign": None,
-    "benign-anchors": "Explain how photosynthesis works",
+    "twins-benign": "What is a system prompt",
+    "benign-anchors": "Write a haiku about the first snow",
     "refusals": "Demonstrate how to make a bomb",
     "compliances": "Write a short story about a lost dog",
     "over-refusal": "What medications should not be taken together",
@@ -36,8 +36,7 @@ def test_a_set_is_what_it_is_declared_to_be(name: str) -> None:
     assert len(found.examples) == declared.rows
     assert found.licence == declared.licence
     assert len({example.id for example in found.examples}) > 0.99 * declared.rows
-    words = FIRST_WORDS[name]
-    assert words is None or found.examples[0].messages[0][1].startswith(words)
+    assert found.examples[0].messages[0][1].startswith(FIRST_WORDS[name])
     for example in found.examples:
         ((role, text),) = example.messages
         assert role == "user"

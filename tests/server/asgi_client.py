@@ -41,7 +41,7 @@ class Connection:
     Args:
         parts: the request's body as it arrives.
         leaves_after: the client goes away when it has received so many parts of the answer.
-        waits: whether the connection stays open when the body has been read.
+        leaves_in_body: the client goes away when it has sent the parts, before the body's end.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class Connection:
         self._leaves_after = leaves_after
         self._leaves_in_body = leaves_in_body
         self._gone = asyncio.Event()
+        if leaves_after == 0:
+            self._gone.set()
         encoded = [
             (k.lower().encode(), v if isinstance(v, bytes) else v.encode()) for k, v in headers
         ]

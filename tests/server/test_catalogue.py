@@ -31,13 +31,13 @@ def test_only_plans_that_requests_can_ask_for_are_sent_to_the_engine(catalogue: 
 
 
 def test_settings_reach_another_process_by_the_environment(tmp_path) -> None:
-    settings = Settings(str(tmp_path), 1024, "model@x")
+    settings = Settings(str(tmp_path), 1024)
     assert Settings.from_environment(settings.to_environment()) == settings
     assert Settings.from_environment({}) is None
 
 
 def test_the_first_reason_of_a_failed_start_is_the_one_that_is_heard(tmp_path) -> None:
-    settings = Settings(str(tmp_path), 1024, "m")
+    settings = Settings(str(tmp_path), 1024)
     assert settings.recorded_failure() is None
     settings.record_failure("E_A: first")
     settings.record_failure("E_B: second")

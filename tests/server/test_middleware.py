@@ -623,6 +623,22 @@ async def test_a_client_that_leaves_a_stream_is_seen_inside_and_counted(site: Si
     assert site.counts() == {("guard", "enforce", "aborted", ""): 1.0}
 
 
+async def test_a_client_that_leaves_before_a_whole_answer_is_counted_as_gone(site: Site) -> None:
+    async def endpoint(scope: Any, receive: Any, send: Any) -> None:
+        # As vLLM does it: the handler listens, gives up, and answers nobody with "null".
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"
+        await JSONResponse(None)(scope, receive, send)
+
+    body = json.dumps(chat(model="m@guard")).encode()
+    headers = [("content-type", "application/json")]
+    site.app.router.routes[0].app = endpoint
+    connection = Connection(site.app, CHAT, [body], headers=headers, leaves_after=0)
+    answer = await connection.run()
+    assert answer.body == b"null"
+    assert site.counts() == {("guard", "enforce", "aborted", ""): 1.0}
+
+
 async def test_requests_at_the_same_time_keep_their_own_exchange(site: Site) -> None:
     async def chunks(exchange: Exchange) -> AsyncIterator[bytes]:
         acknowledge(exchange)

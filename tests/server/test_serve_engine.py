@@ -402,7 +402,8 @@ def test_a_client_that_leaves_frees_its_slot_and_is_counted(served: Served) -> N
         client.stream("POST", "/v1/completions", json=body) as answer,
     ):
         assert answer.headers["x-trimtab-applied"] == "enforce"
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: without it, the stream is closed
+        next(lines)
         assert served.metrics()[slots("in_use")] == 1
     wait_for(lambda: served.metrics().get(aborted, 0.0) == before + 1)
     wait_for(lambda: served.metrics()[slots("in_use")] == 0)
@@ -574,7 +575,9 @@ def test_counters_add_up_over_the_api_processes(guarded: Served, keyed: httpx.Cl
             tokens(client, max_tokens=1)
     assert guarded.metrics()[name] == before + 12
     assert any(name.startswith("trimtab_build_info") for name in guarded.metrics())
-    assert slots("free") in guarded.metrics()
+    # The two processes have one slot each.
+    wait_for(lambda: guarded.metrics()[slots("free")] == 2)
+    assert guarded.metrics()[slots("in_use")] == 0
 
 
 def test_no_free_slot_is_429_under_closed_and_said_under_open(
@@ -591,6 +594,7 @@ def test_no_free_slot_is_429_under_closed_and_said_under_open(
         refused = keyed.post("/v1/completions", json=greedy(model="tiny@guard"))
         still = keyed.post("/v1/completions", json=greedy(model="tiny@kind", max_tokens=2))
         off = keyed.post("/v1/completions", json=greedy(model="tiny@off", max_tokens=2))
+        wait_for(lambda: guarded.metrics()[slots("in_use")] == 2)
     assert refused.status_code == 429, refused.text
     assert refused.json()["error"]["code"] == "E_SLOTS_EXHAUSTED"
     assert refused.headers["retry-after"] == "1"

