@@ -28,6 +28,7 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from directions.errors import TrimtabError
 from steering.engine.exchange import Acknowledgement, Exchange, current_exchange
 from steering.engine.identity import operators_digest
 from steering.engine.ledger import SlotLedger
@@ -40,21 +41,32 @@ _ATTRIBUTE = "trimtab_frontend"
 class SlotsExhaustedError(GracefulHTTPError):  # type: ignore[misc]
     """Every slot is in use; the client may try again."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "E_SLOTS_EXHAUSTED: every steering slot is in use; try again",
-            HTTPStatus.TOO_MANY_REQUESTS,
-        )
+    def __init__(self, refusal: TrimtabError) -> None:
+        super().__init__(str(refusal), HTTPStatus.TOO_MANY_REQUESTS)
 
 
 class PlanNotPlacedError(GracefulHTTPError):  # type: ignore[misc]
     """The engine did not apply the plan."""
 
-    def __init__(self, reason: str | None) -> None:
-        super().__init__(
-            f"E_PLAN_NOT_PLACED: the engine did not apply the policy ({reason})",
-            HTTPStatus.SERVICE_UNAVAILABLE,
-        )
+    def __init__(self, refusal: TrimtabError) -> None:
+        super().__init__(str(refusal), HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def plan_not_placed(exchange: Exchange | None, reason: str | None) -> PlanNotPlacedError:
+    """The error for a request whose plan a worker did not place, noted in its exchange."""
+    refusal = TrimtabError(
+        "E_PLAN_NOT_PLACED", f"the engine did not apply the policy ({reason}); try again"
+    )
+    if exchange is not None:
+        exchange.refusal = refusal
+    return PlanNotPlacedError(refusal)
+
+
+def _invalid(exchange: Exchange | None, code: str, message: str) -> VLLMValidationError:
+    refusal = TrimtabError(code, message)
+    if exchange is not None:
+        exchange.refusal = refusal
+    return VLLMValidationError(str(refusal))
 
 
 class Frontend:
@@ -84,10 +96,11 @@ class Frontend:
         extra_args = params.extra_args if isinstance(params, SamplingParams) else None
         if exchange is not None:
             if KEY in (extra_args or {}):
-                raise VLLMValidationError(
-                    f"E_RESERVED_KEY: {KEY!r} in vllm_xargs is set by the server; "
-                    "choose a policy with the steering field",
-                    parameter="vllm_xargs",
+                raise _invalid(
+                    exchange,
+                    "E_RESERVED_KEY",
+                    f"{KEY!r} in vllm_xargs is set by the server; choose a policy with the "
+                    "steering field",
                 )
             if exchange.plan is None or exchange.declined is not None:
                 return None
@@ -96,28 +109,37 @@ class Frontend:
             try:
                 offline = read_stamp(extra_args)
             except ValueError as error:
-                raise VLLMValidationError(f"E_STAMP: {error}", parameter="extra_args") from None
+                raise _invalid(None, "E_STAMP", str(error)) from None
             if offline is None or offline.strength == 0.0:
                 return None
             stamp = offline
         if not isinstance(params, SamplingParams):
-            raise VLLMValidationError(
-                "E_NOT_GENERATION: a policy applies to generation, this request is for pooling"
+            raise _invalid(
+                exchange,
+                "E_NOT_GENERATION",
+                "a policy applies to generation, this request is for pooling",
             )
         if resumable:
-            raise VLLMValidationError(
-                "E_STREAMING_INPUT: a request whose input arrives in pieces cannot be steered"
+            raise _invalid(
+                exchange,
+                "E_STREAMING_INPUT",
+                "a request whose input arrives in pieces cannot be steered",
             )
         plan = self.plans.get(stamp.plan)
         if plan is None:
-            raise VLLMValidationError(
-                f"E_PLAN_INACTIVE: plan {stamp.plan[:12]} is not active on this engine"
+            raise _invalid(
+                exchange,
+                "E_PLAN_INACTIVE",
+                f"plan {stamp.plan[:12]} is not active on this engine",
             )
         if not self.ledger.can_admit(plan):
             if exchange is not None and exchange.on_failure == "open":
                 exchange.declined = "slots_exhausted"
                 return None
-            raise SlotsExhaustedError
+            refusal = TrimtabError("E_SLOTS_EXHAUSTED", "every steering slot is in use; try again")
+            if exchange is not None:
+                exchange.refusal = refusal
+            raise SlotsExhaustedError(refusal)
         return stamp
 
     def enter(self, request_id: str, stamp: Stamp) -> None:
@@ -134,11 +156,12 @@ class Frontend:
         if entry is not None:
             self.ledger.release(entry[1])
 
-    def acknowledge(self, request_id: str, acknowledgement: Acknowledgement) -> None:
-        """Take the worker's report on one engine request."""
-        entry = self.requests.get(request_id)
-        if entry is not None and entry[0] is not None:
-            entry[0].acknowledgements[request_id] = acknowledgement
+    def acknowledge(self, request_id: str, acknowledgement: Acknowledgement) -> Exchange | None:
+        """Take the worker's report on one engine request; returns the exchange it belongs to."""
+        exchange, _ = self.requests.get(request_id, (None, ""))
+        if exchange is not None:
+            exchange.acknowledgements[request_id] = acknowledgement
+        return exchange
 
 
 def derive_salt(client_salt: str | None, stamp: Stamp | None) -> str | None:
@@ -187,7 +210,7 @@ def _refuse_unserved(params: Any) -> None:
     exchange = current_exchange.get()
     extra_args = params.extra_args if isinstance(params, SamplingParams) else None
     if KEY in (extra_args or {}) or (exchange is not None and exchange.plan is not None):
-        raise VLLMValidationError("E_NOT_READY: no policy is active on this engine yet")
+        raise _invalid(exchange, "E_NOT_READY", "no policy is active on this engine yet")
 
 
 def attach_frontend(engine: Any, frontend: Frontend) -> None:

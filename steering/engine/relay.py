@@ -26,12 +26,13 @@ import functools
 import logging
 from typing import Any
 
-from steering.engine.admission import PlanNotPlacedError, frontend_of
+from steering.engine.admission import frontend_of, plan_not_placed
 from steering.engine.exchange import Acknowledgement
 from steering.engine.runner_v1 import REPORTS
 from steering.engine.stamp import read_stamp
 
-logger = logging.getLogger(__name__)
+# A child of vLLM's logger, so that it shows where vLLM's own lines do.
+logger = logging.getLogger("vllm.trimtab")
 
 CARRIER = "_trimtab"
 """Key in ``kv_transfer_params`` between the scheduler and the API process; never seen by a client."""
@@ -129,29 +130,29 @@ def wrap_output_processor(output_processor_class: Any) -> None:
         self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         frontend = frontend_of(self)
-        failed: dict[str, tuple[Any, str | None]] = {}
+        failed = []
         for output in engine_core_outputs:
             carried = output.kv_transfer_params
             if not carried or CARRIER not in carried:
                 continue
             applied, reason = carried.pop(CARRIER)
             output.kv_transfer_params = carried or None
+            exchange = None
             if frontend is not None:
-                frontend.acknowledge(output.request_id, Acknowledgement(applied, reason))
+                exchange = frontend.acknowledge(output.request_id, Acknowledgement(applied, reason))
             state = self.request_states.get(output.request_id)
             if not applied and state is not None:
-                failed[output.request_id] = (state, reason)
+                failed.append((state, plan_not_placed(exchange, reason)))
         processed = process_outputs(self, engine_core_outputs, *args, **kwargs)
-        for state, reason in failed.values():
-            if state.queue is not None:
-                state.queue.put(PlanNotPlacedError(reason))
+        for state, error in failed:
             if state.parent_req is not None:
                 # One error ends the whole request; its other sequences have nobody to answer to.
                 processed.reqs_to_abort.extend(
                     self.abort_requests([state.parent_req.request_id], internal=True)
                 )
-                if state.queue is not None:
-                    state.queue.put(PlanNotPlacedError(reason))
+            if state.queue is not None:
+                # Last, since it takes the place of whatever the queue holds.
+                state.queue.put(error)
         return processed
 
     @functools.wraps(abort_requests)

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from steering.engine.stamp import Stamp, read_stamp
 from steering.engine.tables import NoFreeSlotError, Placement, SteeringTables
 
-logger = logging.getLogger(__name__)
+# A child of vLLM's logger, so that it shows where vLLM's own lines do.
+logger = logging.getLogger("vllm.trimtab")
 
 
 class RunnerAdapter(Protocol):

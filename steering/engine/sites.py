@@ -79,7 +79,10 @@ def _edit_residual(module: nn.Module, args: Any, output: Any) -> Any:
     stream = residual_stream(output)
     if torch.compiler.is_compiling() and _INLINE:
         tokens = stream.shape[-2]
-        delta = module.trimtab_strengths[:tokens, None] * module.trimtab_table[module.trimtab_slots[:tokens]]
+        delta = (
+            module.trimtab_strengths[:tokens, None]
+            * module.trimtab_table[module.trimtab_slots[:tokens]]
+        )
         edited = (stream.float() + delta).to(stream.dtype)
         if isinstance(output, torch.Tensor):
             return edited

@@ -23,7 +23,8 @@ from steering.engine.settings import EngineSettings
 from steering.engine.sites import find_decoder_layers, hook_residual
 from steering.engine.tables import SteeringTables
 
-logger = logging.getLogger(__name__)
+# A child of vLLM's logger, so that it shows where vLLM's own lines do.
+logger = logging.getLogger("vllm.trimtab")
 
 _ATTRIBUTE = "trimtab_worker"
 

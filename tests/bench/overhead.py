@@ -84,17 +84,24 @@ class Engine:
         self.process.wait()
 
 
-def measure(model: Path, mode: str, concurrencies: list[int], rounds: int, tokens: int) -> dict[str, Any]:
+def measure(
+    model: Path, mode: str, concurrencies: list[int], rounds: int, tokens: int
+) -> dict[str, Any]:
     """Times of every case, by concurrency and round."""
     times: dict[int, list[dict[str, float]]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(console=Console(stderr=True)) as progress,
+    ):
         engines = {}
         task = progress.add_task(f"{mode}: starting engines", total=3)
         for name, steered in (("plain", False), (CONTROL, False), ("steered", True)):
             engines[name] = Engine.start(model, Path(folder), mode, max(concurrencies), steered)
             progress.advance(task)
         work = [("plain", "idle"), (CONTROL, "idle"), *[("steered", case) for case in CASES]]
-        task = progress.add_task(f"{mode}: measuring", total=rounds * len(concurrencies) * len(work))
+        task = progress.add_task(
+            f"{mode}: measuring", total=rounds * len(concurrencies) * len(work)
+        )
         for _ in range(rounds):
             for concurrency in concurrencies:
                 took = {}

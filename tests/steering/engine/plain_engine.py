@@ -15,7 +15,9 @@ from tests.steering.engine.harness import Request, engine, run
 def main(model: str, prompts: str) -> None:
     with engine(Path(model), kv_cache_memory_bytes=64 * 2**20) as llm:
         config = llm.llm_engine.vllm_config.additional_config
-        answers = run(llm, None, [Request(tuple(ids), max_tokens=32) for ids in json.loads(prompts)])
+        answers = run(
+            llm, None, [Request(tuple(ids), max_tokens=32) for ids in json.loads(prompts)]
+        )
     print("RESULT " + json.dumps([config, [[a.token_ids, a.logprobs] for a in answers]]))
 
 
