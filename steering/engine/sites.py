@@ -19,7 +19,7 @@ from torch import nn
 
 from directions.errors import TrimtabError
 from steering.engine.tables import SteeringTables
-from steering.ops.residual_add import residual_add_
+from steering.ops.residual_add import residual_add, residual_add_
 
 
 def find_decoder_layers(model: nn.Module, num_layers: int) -> list[tuple[int, nn.Module]]:
@@ -75,29 +75,21 @@ def residual_stream(output: Any) -> torch.Tensor:
     raise TypeError(f"E_SITE_FORM: cannot steer a decoder layer that returns {type(output)}")
 
 
-def _edit_residual(module: nn.Module, args: Any, output: Any) -> Any:
+def _edit_residual(module: Any, args: Any, output: Any) -> Any:
     stream = residual_stream(output)
-    if torch.compiler.is_compiling() and _INLINE:
-        tokens = stream.shape[-2]
-        delta = (
-            module.trimtab_strengths[:tokens, None]
-            * module.trimtab_table[module.trimtab_slots[:tokens]]
+    if not torch.compiler.is_compiling():
+        residual_add_(
+            stream,
+            module.trimtab_table,
+            module.trimtab_slots,
+            module.trimtab_strengths,
+            module.trimtab_count,
         )
-        edited = (stream.float() + delta).to(stream.dtype)
-        if isinstance(output, torch.Tensor):
-            return edited
-        return (*output[:-1], edited)
-    residual_add_(
-        stream,
-        module.trimtab_table,
-        module.trimtab_slots,
-        module.trimtab_strengths,
-        module.trimtab_count,
+        return output
+    edited = residual_add(
+        stream, module.trimtab_table, module.trimtab_slots, module.trimtab_strengths
     )
-    return None
-
-
-_INLINE = __import__("os").environ.get("TRIMTAB_INLINE") == "1"
+    return (*output[:-1], edited) if isinstance(output, tuple) else edited
 
 
 def hook_residual(layers: list[tuple[int, nn.Module]], tables: SteeringTables) -> None:

@@ -22,6 +22,7 @@ from steering.engine.runner_v1 import RunnerV1Adapter
 from steering.engine.settings import EngineSettings
 from steering.engine.sites import find_decoder_layers, hook_residual
 from steering.engine.tables import SteeringTables
+from steering.engine.touchpoints import check_touchpoints
 
 # A child of vLLM's logger, so that it shows where vLLM's own lines do.
 logger = logging.getLogger("vllm.trimtab")
@@ -37,10 +38,12 @@ class SteeringWorker:
         settings: sizes and sites.
 
     Raises:
-        TrimtabError: ``E_SITE_LAYERS`` or ``E_LAYERS`` when the model cannot be hooked as asked.
+        TrimtabError: ``E_SITE_LAYERS`` or ``E_LAYERS`` when the model cannot be hooked as asked,
+            ``E_VLLM_TOUCHPOINT`` when the model runner is not one that the adapter knows.
     """
 
     def __init__(self, worker: Any, settings: EngineSettings) -> None:
+        check_touchpoints(heavy=True)
         runner = worker.model_runner
         model_config = worker.vllm_config.model_config
         num_layers = model_config.hf_text_config.num_hidden_layers

@@ -1,16 +1,18 @@
-"""The operator ``trimtab::residual_add_``: a per-token row of a table added to the residual stream.
+"""A per-token row of a table added to the residual stream, in the two forms that the engine needs.
 
 For every token ``t`` whose slot is not 0::
 
     x[t] ← x[t] + strengths[t] · table[slots[t]]
 
-computed in float32 and rounded once to the dtype of ``x``. A token in slot 0 is not touched at all, so
-its bits are those of a model without the operator; adding a zero would already turn −0 into +0.
+computed in float32 and rounded once to the dtype of ``x``. Row 0 of the table is zero and means "no
+edit". The tables and per-token buffers keep their addresses for the life of the process and only their
+contents change, so compiled code and captured CUDA graphs stay valid.
 
-The operator is opaque to ``torch.compile``: one node in the graph, whatever the batch holds. Its tensors
-keep their addresses for the life of the process and only their contents change, so a captured CUDA graph
-stays valid. It is given the number of tokens that this layer edits in this step, and returns at once when
-that is 0: an idle layer costs one call, which code inlined into the graph could not avoid paying in full.
+:func:`residual_add` is plain torch, for code that is being compiled: the compiler fuses it into the
+kernels around it, and it costs no call of its own. ``residual_add_`` is an operator for code that runs
+eagerly, where plain torch would be three kernels a layer: it is told how many tokens its layer edits in
+this step, returns at once when there are none, and does not touch a token in slot 0. What each costs is
+in ``docs/engine.md``.
 """
 
 from __future__ import annotations
@@ -28,20 +30,16 @@ _library.define(
 def residual_add(
     x: torch.Tensor, table: torch.Tensor, slots: torch.Tensor, strengths: torch.Tensor
 ) -> torch.Tensor:
-    """The operator's meaning, one token at a time; returns a new tensor.
+    """The edited stream as a new tensor, in plain torch.
 
     Args:
-        x: ``[T, hidden_size]``, any floating dtype.
-        table: ``[num_slots, hidden_size] float32``.
-        slots: ``[>= T] int32``.
+        x: ``[T, hidden_size]`` or ``[1, T, hidden_size]``, any floating dtype.
+        table: ``[num_slots, hidden_size] float32``; row 0 is zero.
+        slots: ``[>= T] int32``, the slot of each token.
         strengths: ``[>= T] float32``.
     """
-    out = x.clone()
-    for token in range(x.shape[0]):
-        slot = int(slots[token])
-        if slot:
-            out[token] = (x[token].float() + strengths[token] * table[slot]).to(x.dtype)
-    return out
+    tokens = x.shape[-2]
+    return (x.float() + strengths[:tokens, None] * table[slots[:tokens]]).to(x.dtype)
 
 
 def _cpu(

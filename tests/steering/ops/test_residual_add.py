@@ -16,6 +16,18 @@ HIDDEN = 96
 SLOTS = 5
 
 
+def by_definition(
+    x: torch.Tensor, table: torch.Tensor, slots: torch.Tensor, strengths: torch.Tensor
+) -> torch.Tensor:
+    """What both forms mean, one token at a time."""
+    out = x.clone()
+    for token in range(x.shape[0]):
+        slot = int(slots[token])
+        if slot:
+            out[token] = (x[token].float() + strengths[token] * table[slot]).to(x.dtype)
+    return out
+
+
 def batch(tokens: int, dtype: torch.dtype, steered: str) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
@@ -39,9 +51,24 @@ def batch(tokens: int, dtype: torch.dtype, steered: str) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("steered", ["all", "same", "some", "none"])
 def test_it_equals_its_definition(dtype: torch.dtype, tokens: int, steered: str) -> None:
     x, table, slots, strengths, count = batch(tokens, dtype, steered)
-    expected = residual_add(x, table, slots, strengths)
+    expected = by_definition(x, table, slots, strengths)
     residual_add_(x, table, slots, strengths, count)
-    torch.testing.assert_close(x, expected, rtol=1e-6 if dtype is torch.float32 else 0, atol=1e-6)
+    exactly = {"rtol": 1e-6 if dtype is torch.float32 else 0, "atol": 1e-6}
+    torch.testing.assert_close(x, expected, **exactly)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steered", ["all", "some", "none"])
+def test_the_traced_form_equals_it_too_compiled_and_not(dtype: torch.dtype, steered: str) -> None:
+    x, table, slots, strengths, _ = batch(17, dtype, steered)
+    expected = by_definition(x, table, slots, strengths)
+    table[0] = 0.0
+    exactly = {"rtol": 1e-6 if dtype is torch.float32 else 0, "atol": 1e-6}
+    compiled = torch.compile(residual_add, fullgraph=True, dynamic=False)
+    for form in (residual_add, compiled):
+        torch.testing.assert_close(form(x, table, slots, strengths), expected, **exactly)
+        stream = form(x[None], table, slots, strengths)
+        torch.testing.assert_close(stream[0], expected, **exactly)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,7 +84,7 @@ def test_tokens_in_slot_0_keep_their_bits(dtype: torch.dtype) -> None:
 
 def test_a_stream_with_a_leading_batch_dimension_is_the_same_stream() -> None:
     x, table, slots, strengths, count = batch(9, torch.float32, "some")
-    expected = residual_add(x, table, slots, strengths)
+    expected = by_definition(x, table, slots, strengths)
     stream = x.clone()[None]
     residual_add_(stream, table, slots, strengths, count)
     torch.testing.assert_close(stream[0], expected)
@@ -90,16 +117,15 @@ def test_torch_compile_keeps_the_edit_and_sees_new_contents_without_recompiling(
 
 TRITON_CHECK = """
 import torch
-from steering.ops.residual_add import residual_add
 from steering.ops.residual_add_triton import launch
-from tests.steering.ops.test_residual_add import batch
+from tests.steering.ops.test_residual_add import batch, by_definition
 
 checked = 0
 for dtype in (torch.float32, torch.bfloat16):
     for tokens in (1, 5):
         for steered in ("all", "some", "none"):
             x, table, slots, strengths, count = batch(tokens, dtype, steered)
-            expected = residual_add(x, table, slots, strengths)
+            expected = by_definition(x, table, slots, strengths)
             launch(x, table, slots, strengths, count)
             torch.testing.assert_close(x, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)
             checked += 1
