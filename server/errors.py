@@ -40,7 +40,7 @@ _TYPES: Final[dict[int, str]] = {
 _IN_FLIGHT: Final = re.compile(
     # vLLM wraps and rewords messages; a code of ours is recognised wherever it stands in one …
     r"(?<![A-Za-z0-9_])"
-    r"(E_(?:SLOTS_EXHAUSTED|PLAN_NOT_PLACED|PLAN_INACTIVE|NOT_READY|NOT_GENERATION"
+    r"(E_(?:SLOTS_EXHAUSTED|PLAN_NOT_PLACED|PLAN_INACTIVE|NOT_READY|NOT_GENERATION|BEAM_SEARCH"
     r"|STREAMING_INPUT|RESERVED_KEY|STAMP)): "
     # … and what its validation errors append to the sentence is left off.
     r"([^\n]*?)(?: \(parameter=[^\n]*)?(?:\n|$)"

@@ -267,6 +267,10 @@ class _Request:
 
     def check_slots(self, exchange: Exchange) -> None:
         """Refuse, or under ``open`` decline, before vLLM spends anything on the request."""
+        # Other routes do not generate as a rule, and an operator needs them most on a full server;
+        # what they do generate, admission checks.
+        if self.path not in GENERATION_PATHS:
+            return
         if exchange.plan is None or self.service.ledger.can_admit(exchange.plan):
             return
         if exchange.on_failure == "open":
@@ -405,9 +409,29 @@ class _Answer:
                 await self.replace_by(refusal)
                 return
         else:
+            lost = self._unapplied()
+            if lost is not None:
+                await self.replace_by(lost)
+                return
             body = decorate_json(body, self.exchange, self.alias)
         await self._release(complete=True, length=len(body))
         await self._forward(body, more=False)
+
+    def _unapplied(self) -> TrimtabError | None:
+        """The refusal for a whole answer that a ``closed`` policy was to steer and did not."""
+        exchange = self.exchange
+        if (
+            exchange.plan is None
+            or exchange.on_failure != "closed"
+            or not exchange.acknowledgements
+        ):
+            return None
+        applied, reason = exchange.applied()
+        if applied:
+            return None
+        return TrimtabError(
+            "E_PLAN_NOT_PLACED", f"the answer ended before the policy was applied ({reason})"
+        )
 
     async def _send_events(self, stream: EventStream, part: bytes, more: bool) -> None:
         out = stream.feed(part)

@@ -23,6 +23,7 @@ from directions.errors import TrimtabError
 from server.body import JsonObject
 from server.catalogue import OFF, Catalogue, Entry
 from steering.engine.exchange import Exchange
+from steering.engine.stamp import to_float32
 
 HEADER: Final = b"x-trimtab-policy"
 _HEADER_PREFIX: Final = b"x-trimtab-"
@@ -93,7 +94,7 @@ class Selection:
             mode=policy.mode,
             on_failure=policy.on_failure,
             strength=self.strength,
-            plan=self.entry.effective_plan if self.strength != 0.0 else None,
+            plan=self.entry.effective_plan if to_float32(self.strength) else None,
         )
 
 

@@ -48,4 +48,6 @@ def version(
 
 def run() -> None:
     """The console entry point."""
-    app()
+    from server.cli.output import run_app
+
+    run_app(app)

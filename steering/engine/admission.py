@@ -12,6 +12,7 @@ Extension points, checked against vLLM 0.32 and 0.33 (``v1/engine/input_processo
   before ``n > 1`` is fanned out.
 * ``InputProcessor.process_inputs_async``: the same on a thread of the renderer, for raw prompts. Threads
   of an executor do not see context variables, so it is replaced by one that carries them.
+* ``BeamSearchOnlineMixin.beam_search`` (``entrypoints/generate/beam_search/online.py``).
 * ``VLLMValidationError`` becomes a 400, ``GracefulHTTPError`` the status that it names.
 """
 
@@ -211,6 +212,27 @@ def _refuse_unserved(params: Any) -> None:
     extra_args = params.extra_args if isinstance(params, SamplingParams) else None
     if KEY in (extra_args or {}) or (exchange is not None and exchange.plan is not None):
         raise _invalid(exchange, "E_NOT_READY", "no policy is active on this engine yet")
+
+
+def wrap_beam_search(mixin_class: Any) -> None:
+    """Refuse beam search under a plan, whatever route it is asked for on.
+
+    Beam search makes a request of its own of every beam at every token, with the answer so far as its
+    prompt, so the phases of the tokens are lost.
+    """
+    original = mixin_class.beam_search
+
+    @functools.wraps(original)
+    async def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        exchange = current_exchange.get()
+        if exchange is not None and exchange.plan is not None:
+            raise _invalid(
+                exchange, "E_BEAM_SEARCH", f"beam search cannot run under {exchange.policy}"
+            )
+        async for output in original(self, *args, **kwargs):
+            yield output
+
+    mixin_class.beam_search = beam_search
 
 
 def attach_frontend(engine: Any, frontend: Frontend) -> None:

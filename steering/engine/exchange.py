@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from directions.errors import TrimtabError
+from steering.engine.stamp import to_float32
 from steering.plan import Plan
 
 Mode = Literal["off", "shadow", "enforce"]
@@ -77,7 +78,7 @@ class Exchange:
         if self.plan is None:
             if self.mode != "enforce":
                 return False, self.mode
-            return False, "strength_zero" if self.strength == 0.0 else "no_edits"
+            return False, "strength_zero" if to_float32(self.strength) == 0.0 else "no_edits"
         if not self.acknowledgements:
             return False, "not_run"
         for acknowledgement in self.acknowledgements.values():

@@ -86,6 +86,11 @@ def refuse_unsupported(config: Any) -> None:
             "some layers run on a part of the tokens",
         ),
         (
+            config.kv_transfer_config is not None,
+            "--kv-transfer-config or --kv-offloading-size",
+            "keys and values that come from elsewhere are not told apart by policy",
+        ),
+        (
             config.speculative_config is not None,
             "--speculative-config",
             "speculative decoding with steering has not been verified",

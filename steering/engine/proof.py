@@ -15,6 +15,7 @@ So the running engine is asked for one token, again and again:
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,12 @@ async def prove(engine: Any) -> Proof:
                 await ask(plans[drowning.id], 0), await ask(plans[drowning.id], 1)
             )
         after = await ask(None, 0)
-    finally:
-        await deactivate(engine, [payload.id for payload in everything])
+    except BaseException:
+        # The engine may be gone; what it died of is what has to be said.
+        with contextlib.suppress(Exception):
+            await deactivate(engine, [payload.id for payload in everything])
+        raise
+    await deactivate(engine, [payload.id for payload in everything])
 
     floor = _difference(plain, again)
     apart = _difference(plain, other)

@@ -6,16 +6,17 @@ second connection to lose: the model runner's output (worker → scheduler), the
 else sees it.
 
 A request whose plan was not placed has run unsteered, and the keys and values that it wrote lie in the
-prefix cache under the steered salt. The scheduler ends such a request with an error and drops the cache
-with it, so that nobody's answer is built on them; under either failure rule, since what ran cannot be
-told apart any more. Admission makes this a defect's consequence, not an operating state.
+prefix cache under the steered salt. The scheduler ends such a request with an error, and with it every
+request under the same plan, which may have read them, and evicts their blocks, so that nobody's answer is
+built on them; under either failure rule, since what ran cannot be told apart any more. Admission makes
+this a defect's consequence, not an operating state.
 
 Extension points, checked against vLLM 0.32 and 0.33:
 
 * ``SchedulerConfig.get_scheduler_cls()`` (``config/scheduler.py``), subclassed so that synchronous and
   asynchronous scheduling stay what they are.
-* ``Scheduler.update_from_output``, ``finish_requests``, ``reset_prefix_cache``
-  (``v1/core/sched/scheduler.py``).
+* ``Scheduler.update_from_output``, ``finish_requests`` (``v1/core/sched/scheduler.py``),
+  ``KVCacheManager.get_block_ids``, ``evict_blocks`` (``v1/core/kv_cache_manager.py``).
 * ``OutputProcessor.add_request``, ``process_outputs``, ``abort_requests``, ``_finish_request``
   (``v1/engine/output_processor.py``).
 """
@@ -29,7 +30,7 @@ from typing import Any
 from steering.engine.admission import frontend_of, plan_not_placed
 from steering.engine.exchange import Acknowledgement
 from steering.engine.runner_v1 import REPORTS
-from steering.engine.stamp import read_stamp
+from steering.engine.stamp import KEY, read_stamp
 
 # A child of vLLM's logger, so that it shows where vLLM's own lines do.
 logger = logging.getLogger("vllm.trimtab")
@@ -70,9 +71,9 @@ def _reporting(base: Any) -> Any:
 
         def _attach_reports(self, outputs: dict[int, Any]) -> None:
             reports = self._trimtab_reports
-            failed = {request_id: report for request_id, report in reports.items() if not report[0]}
-            if failed:
-                self._fail(failed, outputs)
+            for request_id, (applied, reason) in list(reports.items()):
+                if not applied and request_id in self.requests:
+                    self._fail(self.requests[request_id], reason, outputs)
             for group in outputs.values():
                 for output in group.outputs:
                     report = reports.pop(output.request_id, None)
@@ -85,27 +86,32 @@ def _reporting(base: Any) -> Any:
             for request_id in [r for r in reports if r not in self.requests]:
                 del reports[request_id]
 
-        def _fail(
-            self, failed: dict[str, tuple[bool, str | None]], outputs: dict[int, Any]
-        ) -> None:
-            for request_id, (_, reason) in failed.items():
-                logger.error("plan of request %s was not placed: %s", request_id, reason)
-                request = self.requests.get(request_id)
-                client = None if request is None else request.client_index
-                self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
-                if client is None:
-                    continue
-                group = outputs.setdefault(client, EngineCoreOutputs())
-                group.outputs = [o for o in group.outputs if o.request_id != request_id]
+        def _fail(self, unplaced: Any, reason: str | None, outputs: dict[int, Any]) -> None:
+            plan = _plan_of(unplaced)
+            for request in [r for r in self.requests.values() if _plan_of(r) == plan]:
+                logger.error("plan of request %s was not placed: %s", request.request_id, reason)
+                self._trimtab_reports[request.request_id] = (False, reason)
+                blocks = self.kv_cache_manager.get_block_ids(request.request_id)
+                self.kv_cache_manager.evict_blocks({n for group in blocks for n in group})
+                self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+                group = outputs.setdefault(request.client_index, EngineCoreOutputs())
+                group.outputs = [o for o in group.outputs if o.request_id != request.request_id]
                 group.outputs.append(
                     EngineCoreOutput(
-                        request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR
+                        request_id=request.request_id,
+                        new_token_ids=[],
+                        finish_reason=FinishReason.ERROR,
                     )
                 )
-            self.reset_prefix_cache(reset_running_requests=True)
 
     Reporting.__name__ = Reporting.__qualname__ = f"Reporting{base.__name__}"
     return Reporting
+
+
+def _plan_of(request: Any) -> str | None:
+    params = request.sampling_params
+    stamp = None if params is None else (params.extra_args or {}).get(KEY)
+    return stamp.get("plan") if isinstance(stamp, dict) else None
 
 
 def wrap_output_processor(output_processor_class: Any) -> None:

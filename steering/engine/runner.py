@@ -44,15 +44,21 @@ class WorkerRequests:
 
     Attributes:
         tables: where their plans are placed.
+        heard: whether this rank's reports reach the scheduler. A fault on a rank that nobody hears
+            ends the engine: an error for everyone, where silence would be an unsteered answer.
         placements: by engine request id.
     """
 
     tables: SteeringTables
+    heard: bool = True
     placements: dict[str, Placement] = field(default_factory=dict)
     _reports: dict[str, tuple[bool, str | None]] = field(default_factory=dict)
 
     def enter(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
-        """Place a new request's plan, if it has one, and note the outcome. Never raises."""
+        """Place a new request's plan, if it has one, and note the outcome.
+
+        Raises nothing on a rank that is heard.
+        """
         stamp: Stamp | None = None
         try:
             stamp = read_stamp(extra_args)
@@ -66,6 +72,8 @@ class WorkerRequests:
         except NoFreeSlotError:
             self._reports[request_id] = (False, "slots_exhausted")
         except Exception:
+            if not self.heard:
+                raise
             logger.exception("placing the plan of request %s failed", request_id)
             self._reports[request_id] = (False, "internal")
 

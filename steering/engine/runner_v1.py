@@ -65,8 +65,14 @@ class RunnerV1Adapter:
 
 
 def _attach(output: Any, reports: dict[str, tuple[bool, str | None]]) -> None:
-    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+    from vllm.v1.outputs import (
+        EMPTY_MODEL_RUNNER_OUTPUT,
+        AsyncModelRunnerOutput,
+        ModelRunnerOutput,
+    )
 
+    if output is EMPTY_MODEL_RUNNER_OUTPUT:
+        return  # shared by everyone, and read by nobody
     if isinstance(output, ModelRunnerOutput):
         setattr(output, REPORTS, reports)
     elif isinstance(output, AsyncModelRunnerOutput):

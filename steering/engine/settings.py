@@ -18,6 +18,11 @@ LAYERS = "TRIMTAB_LAYERS"
 
 DEFAULT_SLOTS = 32
 
+SPARE_ROWS = 8
+"""Rows that workers have beyond the slots that are given out. The API process frees a slot when it has
+seen a request's last output; the worker a step later. A new plan that overtakes the old one's end in
+between finds its rows here."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -39,6 +44,11 @@ class EngineSettings:
                 field="--slots",
                 expected="2 to 4096",
             )
+
+    @property
+    def rows(self) -> int:
+        """Rows of a worker's tables."""
+        return self.slots + SPARE_ROWS
 
     def to_environment(self) -> dict[str, str]:
         """The variables that make child processes run with these settings."""

@@ -12,6 +12,7 @@ models carry ``[T, hidden_size]``, its Transformers backend ``[1, T, hidden_size
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from directions.errors import TrimtabError
 from steering.engine.tables import SteeringTables
-from steering.ops.residual_add import residual_add, residual_add_
+from steering.ops.residual_add import residual_add, residual_add_, residual_add_on_host
 
 
 def find_decoder_layers(model: nn.Module, num_layers: int) -> list[tuple[int, nn.Module]]:
@@ -75,21 +76,35 @@ def residual_stream(output: Any) -> torch.Tensor:
     raise TypeError(f"E_SITE_FORM: cannot steer a decoder layer that returns {type(output)}")
 
 
-def _edit_residual(module: Any, args: Any, output: Any) -> Any:
-    stream = residual_stream(output)
-    if not torch.compiler.is_compiling():
-        residual_add_(
-            stream,
-            module.trimtab_table,
-            module.trimtab_slots,
-            module.trimtab_strengths,
-            module.trimtab_count,
-        )
-        return output
-    edited = residual_add(
-        stream, module.trimtab_table, module.trimtab_slots, module.trimtab_strengths
-    )
-    return (*output[:-1], edited) if isinstance(output, tuple) else edited
+def _hook(number: int, tables: SteeringTables) -> Callable[[Any, Any, Any], Any]:
+    """The forward hook of one layer.
+
+    Traced code takes its tensors from the layer's buffers. Code that runs eagerly on the host also
+    looks at what the step's description already says, which a captured graph could not.
+    """
+    on_host = tables.slots.device.type == "cpu"
+    table = tables.table[number]
+    slots, strengths = tables.slots, tables.strengths
+    count = tables.counts[number : number + 1]
+    edited = tables.edited
+
+    def edit(module: Any, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            stream = residual_add(
+                residual_stream(output),
+                module.trimtab_table,
+                module.trimtab_slots,
+                module.trimtab_strengths,
+            )
+            return (*output[:-1], stream) if isinstance(output, tuple) else stream
+        stream = residual_stream(output)
+        if not on_host:
+            residual_add_(stream, table, slots, strengths, count)
+        elif steered_here := edited[number]:
+            residual_add_on_host(stream, table, slots, strengths, int(steered_here), tables.uniform)
+        return None
+
+    return edit
 
 
 def hook_residual(layers: list[tuple[int, nn.Module]], tables: SteeringTables) -> None:
@@ -104,7 +119,6 @@ def hook_residual(layers: list[tuple[int, nn.Module]], tables: SteeringTables) -
             ("trimtab_table", tables.table[number]),
             ("trimtab_slots", tables.slots),
             ("trimtab_strengths", tables.strengths),
-            ("trimtab_count", tables.counts[number : number + 1]),
         ):
             layer.register_buffer(name, tensor, persistent=False)
-        layer.register_forward_hook(_edit_residual)
+        layer.register_forward_hook(_hook(number, tables))

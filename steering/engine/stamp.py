@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 KEY = "trimtab"
 
 
@@ -49,4 +51,14 @@ def read_stamp(extra_args: dict[str, Any] | None) -> Stamp | None:
         raise ValueError(f"the strength must be a number, it is {strength!r}")
     if not math.isfinite(strength):
         raise ValueError(f"the strength must be finite, it is {strength!r}")
-    return Stamp(plan, float(strength))
+    # The tables hold float32: what overflows there is infinite, what underflows is 0.
+    rounded = to_float32(strength)
+    if not math.isfinite(rounded):
+        raise ValueError(f"the strength must fit 32-bit numbers, it is {strength!r}")
+    return Stamp(plan, float(strength) if rounded else 0.0)
+
+
+def to_float32(value: float) -> float:
+    """``value`` as the nearest float32, infinite beyond its range."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,11 @@ class SteeringTables:
         hidden_size: width of the residual stream.
         max_tokens: most tokens in one forward pass.
         device: where the model runs.
+        dtype: type of the residual stream.
+
+    Attributes:
+        edited: ``counts`` on the host, for code that runs eagerly on the host.
+        uniform: the slot and strength of all tokens of this step, where they have one in common.
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class SteeringTables:
         hidden_size: int,
         max_tokens: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.largest = torch.finfo(dtype).max
         self.num_layers = num_layers
         self.num_slots = num_slots
         self.hidden_size = hidden_size
@@ -76,6 +84,8 @@ class SteeringTables:
         self.slots = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.strengths = torch.zeros(max_tokens, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_layers, dtype=torch.int32, device=device)
+        self.edited: np.ndarray[Any, np.dtype[np.int32]] = np.zeros(num_layers, dtype=np.int32)
+        self.uniform: tuple[int, float] | None = None
         self._staging = _Staging(max_tokens, num_layers, self)
         self._live = np.zeros((num_layers, num_slots), dtype=np.int32)
         self._plans: dict[str, PlanPayload] = {}
@@ -109,8 +119,12 @@ class SteeringTables:
                     f"plan {plan.id[:12]} edits layer {row.layers[-1]}, "
                     f"the model has layers 0 to {self.num_layers - 1}"
                 )
-            if not np.isfinite(row.vectors).all():
-                raise ValueError(f"plan {plan.id[:12]} holds a number that is not finite")
+            # Not finite fails the comparison too.
+            if not (np.abs(row.vectors) <= self.largest).all():
+                raise ValueError(
+                    f"plan {plan.id[:12]} holds a number that is not finite or that the residual "
+                    f"stream's type cannot hold (largest: {self.largest:g})"
+                )
         self._plans[plan.id] = plan
 
     def remove_plan(self, plan_id: str) -> None:
@@ -142,10 +156,15 @@ class SteeringTables:
         plan = self._plans[plan_id]
         resident = self._resident.get(plan_id)
         if resident is None:
-            resident = _Resident(self._take(len(plan.rows)))
-            self._resident[plan_id] = resident
-            for slot, row in zip(resident.slots, plan.rows, strict=True):
-                self._write(slot, row.layers, row.vectors)
+            slots = self._take(len(plan.rows))
+            try:
+                for slot, row in zip(slots, plan.rows, strict=True):
+                    self._write(slot, row.layers, row.vectors)
+            except BaseException:
+                # Resident is what is written; a half-written row must never be found later.
+                self._free.extend(reversed(slots))
+                raise
+            resident = self._resident[plan_id] = _Resident(slots)
         resident.users += 1
         self._resident.move_to_end(plan_id)
         slots = tuple(IDENTITY if row is None else resident.slots[row] for row in plan.phase_rows)
@@ -214,17 +233,22 @@ class SteeringTables:
         runs = np.stack([in_prompt, scheduled - in_prompt], axis=1).reshape(-1)
         slots = np.repeat(by_phase.reshape(-1), runs)
         per_slot = np.bincount(slots, minlength=self.num_slots)
+        one_slot = per_slot[slots[0]] == len(slots)
+        one_strength = bool((strengths == strengths[0]).all())
+        self.uniform = (int(slots[0]), float(strengths[0])) if one_slot and one_strength else None
         per_slot[IDENTITY] = 0
-        self._staging.copy(
-            slots, np.repeat(strengths, scheduled), self._live @ per_slot, self._filled
-        )
+        np.matmul(self._live, per_slot, out=self.edited, casting="unsafe")
+        self._staging.copy(slots, np.repeat(strengths, scheduled), self.edited, self._filled)
         self._filled = len(slots)
 
     def clear(self) -> None:
         """Make the next forward pass plain."""
         if self._filled:
             self.slots[: self._filled].zero_()
+            self.strengths[: self._filled].zero_()
             self.counts.zero_()
+            self.edited.fill(0)
+            self.uniform = None
             self._filled = 0
 
 
@@ -255,7 +279,7 @@ class _Staging:
         self,
         slots: np.ndarray[tuple[int], np.dtype[np.int32]],
         strengths: np.ndarray[tuple[int], np.dtype[np.float32]],
-        counts: np.ndarray[tuple[int], np.dtype[np.int64]],
+        counts: np.ndarray[Any, np.dtype[np.int32]],
         filled_before: int,
     ) -> None:
         tokens = len(slots)

@@ -47,9 +47,15 @@ TOUCHPOINTS = (
         ("self", "request_ids", "finished_status"),
     ),
     Touchpoint(
-        "vllm.v1.core.sched.scheduler",
-        "Scheduler.reset_prefix_cache",
-        ("self", "reset_running_requests"),
+        "vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("self", "request_id")
+    ),
+    Touchpoint(
+        "vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", ("self", "block_ids")
+    ),
+    Touchpoint(
+        "vllm.entrypoints.generate.beam_search.online",
+        "BeamSearchOnlineMixin.beam_search",
+        ("self", "prompt", "request_id", "params"),
     ),
     Touchpoint(
         "vllm.v1.engine.input_processor",

@@ -61,12 +61,16 @@ class SteeringWorker:
         self.num_layers = num_layers
         self.tables = SteeringTables(
             num_layers,
-            settings.slots,
+            settings.rows,
             model_config.get_hidden_size(),
             runner.max_num_tokens,
             runner.device,
+            model_config.dtype,
         )
-        self.requests = WorkerRequests(self.tables)
+        parallel = worker.vllm_config.parallel_config
+        # vLLM returns the output of the first tensor-parallel rank of the last pipeline stage.
+        replying = parallel.world_size - parallel.tensor_parallel_size
+        self.requests = WorkerRequests(self.tables, heard=worker.rank == replying)
         hook_residual(layers, self.tables)
         RunnerV1Adapter().attach(runner, self.tables, self.requests)
         logger.info(

@@ -42,15 +42,26 @@ def residual_add(
     return (x.float() + strengths[:tokens, None] * table[slots[:tokens]]).to(x.dtype)
 
 
-def _cpu(
+def residual_add_on_host(
     x: torch.Tensor,
     table: torch.Tensor,
     slots: torch.Tensor,
     strengths: torch.Tensor,
-    count: torch.Tensor,
+    steered_here: int,
+    uniform: tuple[int, float] | None = None,
 ) -> None:
-    steered_here = count.item()
+    """``residual_add_`` for a CPU tensor, by a caller that knows the step and needs no dispatcher.
+
+    Args:
+        x, table, slots, strengths: as for ``residual_add_``.
+        steered_here: how many of the tokens have a row that is not zero in this table.
+        uniform: the slot and strength of all tokens, where they have one in common.
+    """
     if steered_here == 0:
+        return
+    if uniform is not None and x.dtype == torch.float32:
+        slot, strength = uniform
+        x.add_(table[slot], alpha=strength)
         return
     rows = x.view(-1, x.shape[-1])
     tokens = rows.shape[0]
@@ -69,6 +80,16 @@ def _cpu(
         rows.index_add_(0, steered, delta)
     else:
         rows.index_copy_(0, steered, delta.add_(rows.index_select(0, steered)).to(rows.dtype))
+
+
+def _cpu(
+    x: torch.Tensor,
+    table: torch.Tensor,
+    slots: torch.Tensor,
+    strengths: torch.Tensor,
+    count: torch.Tensor,
+) -> None:
+    residual_add_on_host(x, table, slots, strengths, int(count.item()))
 
 
 def _cuda(

@@ -17,6 +17,11 @@ from tests.steering.engine.harness import Answer, Request, assert_parity
 pytestmark = pytest.mark.engine
 
 QUESTION = "Explain in two sentences why ships float."
+PLAIN_QUESTIONS = (
+    "Which way does the wind blow today, and how should a small boat set its sails?",
+    "Write a short letter to a friend about the sea.",
+    "Name five things that a sailor takes along.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +51,15 @@ def served(demo_world):
 
 
 def ask(
-    served, world, policy: str | None, *, stream: bool, strength: float = 1.0
+    served,
+    world,
+    policy: str | None,
+    *,
+    stream: bool,
+    strength: float = 1.0,
+    question: str = QUESTION,
 ) -> tuple[Answer, dict]:
-    prompt = world.prompt(QUESTION)
+    prompt = world.prompt(question)
     body = {
         "model": "smollm2" if policy is None else f"smollm2@{policy}",
         "prompt": prompt,
@@ -91,7 +102,8 @@ def ask(
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_answers_over_http_agree_with_the_reference(served, demo_world, stream) -> None:
     cases = [(None, 1.0), ("one", 1.0), ("several", 1.0), ("split", -1.0), ("generation", 2.0)]
-    answers = []
+    # The floor is the largest difference among plain answers, so there are several.
+    answers = [ask(served, demo_world, None, stream=stream, question=q)[0] for q in PLAIN_QUESTIONS]
     for policy, strength in cases:
         answer, steering = ask(served, demo_world, policy, stream=stream, strength=strength)
         assert len(answer.token_ids) == len(answer.logprobs) == 64
@@ -131,6 +143,7 @@ def test_clients_that_leave_mid_stream_do_not_disturb_the_others(served, demo_wo
     thread = threading.Thread(target=leave)
     thread.start()
     answers = [ask(served, demo_world, p, stream=True)[0] for p in (None, "several", "one")]
+    answers += [ask(served, demo_world, None, stream=True, question=q)[0] for q in PLAIN_QUESTIONS]
     thread.join()
     assert left.is_set()
     assert_parity(demo_world, answers, "HTTP, a neighbour left mid-stream")

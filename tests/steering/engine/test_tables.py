@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from steering.engine.ledger import SlotLedger
 from steering.engine.payload import PlanPayload, RowPayload
 from steering.engine.runner import WorkerRequests
+from steering.engine.stamp import read_stamp
 from steering.engine.tables import NoFreeSlotError, SteeringTables
 from steering.plan import Plan
 
@@ -212,3 +213,60 @@ def test_the_ledger_counts_distinct_plans_and_forgets_them() -> None:
 def test_the_shares_of_several_processes_never_exceed_the_table() -> None:
     for processes in (1, 2, 3, 5):
         assert processes * SlotLedger(32, processes).capacity <= 31
+
+
+def test_a_row_that_could_not_be_written_is_not_found_later(monkeypatch) -> None:
+    """A device that runs out of memory once must not leave an empty row that looks resident."""
+    requests = WorkerRequests(tables(slots=2))
+    requests.tables.add_plan(payload("a"))
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    stamped = {"trimtab": {"plan": "a", "strength": 1.0}}
+    with monkeypatch.context() as patch:
+        patch.setattr(requests.tables, "_write", fail)
+        requests.enter("first", stamped)
+    requests.enter("second", stamped)
+    assert requests.take_reports() == {"first": (False, "internal"), "second": (True, None)}
+    assert requests.tables.table[1, requests.placements["second"].slots[0]].tolist() == [1.0] * HIDDEN
+
+
+def test_a_fault_on_a_rank_that_nobody_hears_is_not_kept_quiet(monkeypatch) -> None:
+    requests = WorkerRequests(tables(), heard=False)
+    requests.tables.add_plan(payload("a"))
+    monkeypatch.setattr(requests.tables, "_write", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        requests.enter("first", {"trimtab": {"plan": "a", "strength": 1.0}})
+
+
+def test_a_row_that_the_stream_s_type_cannot_hold_is_refused() -> None:
+    half = SteeringTables(LAYERS, 4, HIDDEN, 64, torch.device("cpu"), torch.float16)
+    half.add_plan(payload("fits", value=6e4))
+    with pytest.raises(ValueError, match="65504"):
+        half.add_plan(payload("large", value=1e5))
+
+
+@pytest.mark.parametrize(("strength", "kept"), [(1e-46, 0.0), (0.5, 0.5), (-2.0, -2.0)])
+def test_a_strength_that_float32_rounds_to_0_is_0(strength: float, kept: float) -> None:
+    stamp = read_stamp({"trimtab": {"plan": "a", "strength": strength}})
+    assert stamp is not None
+    assert stamp.strength == kept
+
+
+def test_a_strength_beyond_float32_is_refused() -> None:
+    with pytest.raises(ValueError, match="32-bit"):
+        read_stamp({"trimtab": {"plan": "a", "strength": 1e39}})
+
+
+def test_a_cleared_step_leaves_no_strength_behind() -> None:
+    t = tables()
+    t.add_plan(payload("a"))
+    one = np.ones(1, dtype=np.int32)
+    t.fill([t.place("a", 3.0)], 0 * one, one, one)
+    assert t.uniform is not None
+    assert t.strengths[0] == 3.0
+    t.clear()
+    assert not t.strengths.any()
+    assert not t.edited.any()
+    assert t.uniform is None
