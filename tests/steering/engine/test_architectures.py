@@ -81,6 +81,9 @@ def test_the_engine_agrees_with_the_reference(
 ) -> None:
     world = build_world(build(name, tmp_path / name, tiny_checkpoint), tmp_path / "store")
     standard_policies(world)
+    for module in world.model.modules():
+        # vLLM's Transformers backend puts its compilation into the class that the reference shares.
+        module.do_not_compile = True
     forms = set()
     original = sites.residual_stream
 
