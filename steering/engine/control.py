@@ -95,7 +95,9 @@ def _confirm(frontend: Frontend, payloads: Sequence[PlanPayload], ranks: Any) ->
 
 
 def _refused(error: Exception) -> TrimtabError:
-    if "not implemented" in str(error) or isinstance(error, NotImplementedError):
+    # An executor in this process says the first, one with processes of its own the second.
+    unknown = ("is not implemented", "has no attribute 'trimtab_")
+    if any(words in str(error) for words in unknown):
         return TrimtabError(
             "E_PLUGIN_ABSENT",
             "the engine's workers do not know Trimtab: its plug-in failed to load there; look for "

@@ -1,8 +1,8 @@
 """One engine in a process of its own, driven over pipes by ``tests.bench.overhead``.
 
 Reads one JSON command a line, ``{"case": …, "concurrency": …, "tokens": …}``, and answers each with the
-seconds of processor time that the batch took. The first line that it prints says how long the engine took to start and how
-much memory the process holds.
+seconds of processor time that the batch took. The first line that it prints says how long the engine took
+to start and how much memory the process holds.
 """
 
 from __future__ import annotations

@@ -61,8 +61,11 @@ def write_policy(folder: Path, name: str, *, strength: float = 8.0, keys: str = 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     """The environment of a test's server."""
+    # Not what engines in the test's own process are given.
+    own = ("TRIMTAB_", "VLLM_")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     return {
-        **os.environ,
+        **inherited,
         "TRIMTAB_HOME": str(home),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -14,6 +14,9 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="WARNING",
     HF_HUB_OFFLINE="1",
+    # For the test that reaches into the engine's process to break it. vLLM remembers its environment
+    # from the first engine on, so it is set here and not where it is used.
+    VLLM_ALLOW_INSECURE_SERIALIZATION="1",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -159,7 +159,7 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
         "max_model_len": 512,
         "max_num_seqs": 64,
         "disable_log_stats": False,
-        "kv_cache_memory_bytes": 512 * 2**20,
+        "kv_cache_memory_bytes": 256 * 2**20,
         **options,
     }
     llm = LLM(str(path), **settings)

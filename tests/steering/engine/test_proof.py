@@ -38,14 +38,10 @@ def async_engine(tiny_world, loop):
             )
         )
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        # Lets the last test reach into the engine's process to break it.
-        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-        engine = loop.run_until_complete(start())
-        yield engine
-        engine.shutdown()
-        loop.run_until_complete(end_tasks())
+    engine = loop.run_until_complete(start())
+    yield engine
+    engine.shutdown()
+    loop.run_until_complete(end_tasks())
 
 
 def test_every_layer_is_shown_to_act_and_nothing_is_left_behind(async_engine, loop) -> None:

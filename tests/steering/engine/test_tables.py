@@ -229,7 +229,9 @@ def test_a_row_that_could_not_be_written_is_not_found_later(monkeypatch) -> None
         requests.enter("first", stamped)
     requests.enter("second", stamped)
     assert requests.take_reports() == {"first": (False, "internal"), "second": (True, None)}
-    assert requests.tables.table[1, requests.placements["second"].slots[0]].tolist() == [1.0] * HIDDEN
+    assert (
+        requests.tables.table[1, requests.placements["second"].slots[0]].tolist() == [1.0] * HIDDEN
+    )
 
 
 def test_a_fault_on_a_rank_that_nobody_hears_is_not_kept_quiet(monkeypatch) -> None:
