@@ -53,7 +53,6 @@ fast: venv
 
 bench: venv
 	$(BIN)/python -m tests.bench.overhead "$$($(BIN)/trimtab models fetch demo | tail -n 1)"
-	$(BIN)/python -m tests.bench.http_overhead "$$($(BIN)/trimtab models fetch demo | tail -n 1)"
 
 format: venv
 	$(BIN)/ruff check --fix .
