@@ -10,6 +10,7 @@ parallel engines; an exception on any rank is raised here, the return value is t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -167,16 +168,17 @@ def activate_local(llm: Any, plans: Iterable[Plan], store: Store | None = None) 
 
     Requests then name their plan in ``SamplingParams(extra_args={"trimtab": {"plan": …, "strength": …}})``.
     """
-    plans = list(plans)
-    engine = llm.llm_engine
-    frontend = _frontend(engine)
-    payloads = _payloads(engine, plans, store or Store())
-    try:
-        ranks = llm.collective_rpc("trimtab_status")
-        for batch in _batches(payloads):
-            ranks = llm.collective_rpc("trimtab_activate", args=(batch,))
-    except Exception as error:
-        raise _refused(error) from error
-    _confirm(frontend, payloads, ranks)
-    frontend.plans.update({plan.id: plan for plan in plans})
-    return frontend
+    return asyncio.run(activate(_Local(llm), plans, store))
+
+
+class _Local:
+    """An offline ``LLM`` with the part of ``AsyncLLM`` that activation uses."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self.vllm_config = llm.llm_engine.vllm_config
+        self.input_processor = llm.llm_engine.input_processor
+        self.output_processor = llm.llm_engine.output_processor
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
+        return self._llm.collective_rpc(method, args=args)
