@@ -7,9 +7,11 @@ On disk, under ``TRIMTAB_HOME``::
     names/<name>/<version>.json              which artefact a name and version mean
 
 The hash in the reference covers the card, and the card covers the tensors by theirs, so whoever
-holds ``sha256:…`` can tell whether they got exactly what was meant. Nothing is trusted because of
-where it lies: every load reads, hashes and checks everything. Tensors are safetensors read into
-numpy; no pickle is ever opened.
+holds ``sha256:…`` can tell whether they got exactly what was meant. Every load reads, hashes and checks
+everything; see ``directions.artefact_files``.
+
+There are three kinds of artefact: directions, probes and head sets. They are kept in the same way, and
+each has its own way in and out, because whoever asks for a probe can do nothing with a direction.
 
 Versions count from 1 and are never reused. Each index entry is created exclusively, so two writers
 of one name get two versions, and neither is lost. Artefacts are written whole and renamed into
@@ -21,10 +23,11 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
-import stat
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,32 +35,40 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rfc8785
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from directions.artefact_files import (
+    CARD_FILE,
+    TENSORS_FILE,
+    broken,
+    read_artefact,
+    read_own,
+    shown,
+)
 from directions.atomic import create_file, staged_folder, sweep, temporary_beside
-from directions.card import API_VERSION, Card, CardDraft
+from directions.card import (
+    API_VERSION,
+    AnyCard,
+    Card,
+    CardDraft,
+    Draft,
+    HeadSetCard,
+    HeadSetDraft,
+    ProbeCard,
+    ProbeDraft,
+)
 from directions.errors import TrimtabError
+from directions.tensors import BoolArray as BoolArray
+from directions.tensors import FloatArray as FloatArray
+from directions.tensors import Tensors, direction_tensors, head_set_evidence, probe_tensors
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,8}")
 _SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 
-CARD_FILE = "card.json"
-TENSORS_FILE = "tensors.safetensors"
-
-# A card is a few kilobytes; a file far beyond that is not one, and is not read into memory.
-_MAX_CARD_BYTES = 4 << 20
 _MAX_INDEX_BYTES = 4096
-# What the safetensors header may take beside the tensors themselves.
-_MAX_HEADER_BYTES = 64 << 10
 # A temporary entry this old belongs to a writer that is no more.
 _STALE_SECONDS = 3600.0
-
-FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
 
 
 def home() -> Path:
@@ -89,29 +100,71 @@ class ArtefactRef:
 
 
 @dataclass(frozen=True, eq=False)
-class Direction:
-    """A loaded, verified direction.
+class _Loaded:
+    """What every loaded, verified artefact has.
 
     Attributes:
         name: the name it was loaded by; None when loaded by hash.
         version: the version under that name; None when loaded by hash.
         sha256: the artefact's identity.
-        card: what it says about itself.
-        vectors: ``[num_layers, hidden_size] float32``, read-only; zero where no layer is present.
-        present: ``[num_layers] bool``, read-only: the layers that have a vector.
     """
 
     name: str | None
     version: int | None
     sha256: str
-    card: Card
-    vectors: FloatArray
-    present: BoolArray
 
     @property
     def reference(self) -> str:
         """``name@3``, or ``sha256:…`` when loaded by hash."""
         return ArtefactRef(self.name, self.version, self.sha256).reference
+
+
+@dataclass(frozen=True, eq=False)
+class Direction(_Loaded):
+    """A direction: one vector in the residual stream for each layer that has one.
+
+    Attributes:
+        card: what it says about itself.
+        vectors: ``[num_layers, hidden_size] float32``, read-only; zero where no layer is present.
+        present: ``[num_layers] bool``, read-only: the layers that have a vector.
+    """
+
+    card: Card
+    vectors: FloatArray
+    present: BoolArray
+
+
+@dataclass(frozen=True, eq=False)
+class Probe(_Loaded):
+    """A probe: linear read-outs of one site; see ``directions.card.ProbeDraft`` for the scores.
+
+    Attributes:
+        card: what it says about itself: the site, the read-out, the outputs' names.
+        weights: ``[outputs, hidden_size] float32``, read-only; no row is zero.
+        bias: ``[outputs] float32``, read-only.
+    """
+
+    card: ProbeCard
+    weights: FloatArray
+    bias: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSet(_Loaded):
+    """A head set: attention heads, and the evidence for each.
+
+    Attributes:
+        card: what it says about itself.
+        heads: ``(layer, query head)``, 0-based, each once, in the order in which they were stored.
+        evidence: ``[len(heads)] float32``, read-only; what it measures is its method's to say.
+    """
+
+    card: HeadSetCard
+    heads: tuple[tuple[int, int], ...]
+    evidence: FloatArray
+
+
+Artefact = Direction | Probe | HeadSet
 
 
 class Store:
@@ -150,34 +203,53 @@ class Store:
             TrimtabError: E_ARTEFACT_NAME, E_ARTEFACT_SHAPE, E_ARTEFACT_NONFINITE.
         """
         check_name(name)
-        rows, mask = _checked_tensors(card, vectors, present)
-        tensors = save_safetensors({"present": mask.astype(np.uint8), "vectors": rows})
-        fields = {
-            **card.model_dump(exclude={"layers", "tensors_sha256"}),
-            "layers": tuple(int(layer) for layer in np.flatnonzero(mask)),
-            "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
-        }
-        sealed = Card.model_validate(fields)
-        while True:
-            latest = self._latest_version(name)
-            if latest:
-                stored = self._stored_equal(name, latest, sealed)
-                if stored is not None:
-                    return stored
-            sha256 = sealed.identity()
-            self._place(sha256, sealed.canonical(), tensors)
-            entry: dict[str, Any] = {
-                "apiVersion": API_VERSION,
-                "kind": "name",
-                "name": name,
-                "version": latest + 1,
-                "sha256": sha256,
-            }
-            try:
-                create_file(self._entry(name, latest + 1), rfc8785.dumps(entry))
-            except FileExistsError:
-                continue  # another writer took this version; look at what it wrote and go on
-            return ArtefactRef(name, latest + 1, sha256)
+        rows, mask = direction_tensors(card, vectors, present)
+        facts = {"layers": tuple(int(layer) for layer in np.flatnonzero(mask))}
+        tensors: Tensors = {"present": mask.astype(np.uint8), "vectors": rows}
+        return self._put(Card, card, facts, tensors, name)
+
+    def put_probe(
+        self, card: ProbeDraft, weights: npt.ArrayLike, bias: npt.ArrayLike, *, name: str
+    ) -> ArtefactRef:
+        """Store a probe under a name and return the version it got, as ``put`` does.
+
+        Args:
+            card: the draft.
+            weights: ``[outputs, hidden_size]``, converted to float32; no row may be zero.
+            bias: ``[outputs]``, converted to float32.
+            name: ``[a-z0-9][a-z0-9._-]{0,63}``.
+
+        Raises:
+            TrimtabError: E_ARTEFACT_NAME, E_ARTEFACT_SHAPE, E_ARTEFACT_NONFINITE,
+                E_ARTEFACT_WEIGHTS.
+        """
+        check_name(name)
+        rows, offsets = probe_tensors(card, weights, bias)
+        return self._put(ProbeCard, card, {}, {"bias": offsets, "weights": rows}, name)
+
+    def put_head_set(
+        self,
+        card: HeadSetDraft,
+        heads: Iterable[Sequence[int]],
+        evidence: npt.ArrayLike,
+        *,
+        name: str,
+    ) -> ArtefactRef:
+        """Store a head set under a name and return the version it got, as ``put`` does.
+
+        Args:
+            card: the draft; ``heads`` is filled in here.
+            heads: pairs ``(layer, query head)``, 0-based, each once; their order is kept.
+            evidence: ``[len(heads)]``, in the same order, converted to float32.
+            name: ``[a-z0-9][a-z0-9._-]{0,63}``.
+
+        Raises:
+            TrimtabError: E_ARTEFACT_NAME, E_ARTEFACT_HEADS, E_ARTEFACT_SHAPE, E_ARTEFACT_NONFINITE.
+        """
+        check_name(name)
+        pairs = _pairs(heads)
+        figures = head_set_evidence(evidence, len(pairs))
+        return self._put(HeadSetCard, card, {"heads": pairs}, {"evidence": figures}, name)
 
     def resolve(self, reference: str) -> ArtefactRef:
         """Find what a reference means, without opening the artefact.
@@ -195,7 +267,7 @@ class Store:
             if not _SHA256_PATTERN.fullmatch(sha256):
                 raise TrimtabError(
                     "E_ARTEFACT_NAME",
-                    f"{_shown(reference)} is not a content hash",
+                    f"{shown(reference)} is not a content hash",
                     expected="sha256: and 64 lower-case hexadecimal digits",
                 )
             if not os.path.lexists(self.artefacts / sha256):
@@ -218,7 +290,7 @@ class Store:
         if not _VERSION_PATTERN.fullmatch(version_text) or int(version_text) not in versions:
             raise TrimtabError(
                 "E_ARTEFACT_VERSION",
-                f"{name!r} has no version {_shown(version_text)}",
+                f"{name!r} has no version {shown(version_text)}",
                 expected=f"a version from 1 to {versions[-1]}",
             )
         return self._read_entry(name, int(version_text))
@@ -227,15 +299,53 @@ class Store:
         """Read a direction and verify all of it: both hashes, the card, shapes and numbers.
 
         Raises:
-            TrimtabError: those of ``resolve``, and E_ARTEFACT_TRUNCATED (a file is missing or
-                short), E_ARTEFACT_TAMPERED (a hash differs), E_ARTEFACT_FOREIGN (not a direction of
-                ours), E_ARTEFACT_SHAPE, E_ARTEFACT_NONFINITE.
+            TrimtabError: those of ``load_any``, and E_ARTEFACT_KIND (it is no direction).
+        """
+        found = self.load_any(reference)
+        if isinstance(found, Direction):
+            return found
+        raise _wrong_kind(found, "direction")
+
+    def load_probe(self, reference: str) -> Probe:
+        """Read a probe and verify all of it.
+
+        Raises:
+            TrimtabError: those of ``load_any``, and E_ARTEFACT_KIND (it is no probe).
+        """
+        found = self.load_any(reference)
+        if isinstance(found, Probe):
+            return found
+        raise _wrong_kind(found, "probe")
+
+    def load_head_set(self, reference: str) -> HeadSet:
+        """Read a head set and verify all of it.
+
+        Raises:
+            TrimtabError: those of ``load_any``, and E_ARTEFACT_KIND (it is no head set).
+        """
+        found = self.load_any(reference)
+        if isinstance(found, HeadSet):
+            return found
+        raise _wrong_kind(found, "head-set")
+
+    def load_any(self, reference: str) -> Artefact:
+        """Read an artefact of whichever kind and verify all of it.
+
+        Raises:
+            TrimtabError: those of ``resolve`` and of ``directions.artefact_files.read_artefact``.
         """
         ref = self.resolve(reference)
-        card, vectors, present = self._read(ref.sha256)
-        vectors.setflags(write=False)
-        present.setflags(write=False)
-        return Direction(ref.name, ref.version, ref.sha256, card, vectors, present)
+        card, tensors = read_artefact(self.artefacts / ref.sha256, ref.sha256)
+        for tensor in tensors.values():
+            tensor.setflags(write=False)
+        whose = (ref.name, ref.version, ref.sha256)
+        match card:
+            case Card():
+                return Direction(*whose, card, tensors["vectors"], tensors["present"])
+            case ProbeCard():
+                return Probe(*whose, card, tensors["weights"], tensors["bias"])
+            case HeadSetCard():
+                return HeadSet(*whose, card, card.heads, tensors["evidence"])
 
     def names(self) -> builtins.list[str]:
         """All names that have a version, in order."""
@@ -295,29 +405,66 @@ class Store:
 
     def _read_entry(self, name: str, version: int) -> ArtefactRef:
         path = self._entry(name, version)
-        content = _read_own(path, _MAX_INDEX_BYTES)
+        content = read_own(path, _MAX_INDEX_BYTES)
         try:
             entry = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise _broken("E_ARTEFACT_TRUNCATED", path, "is not whole JSON") from error
+            raise broken("E_ARTEFACT_TRUNCATED", path, "is not whole JSON") from error
         if not isinstance(entry, dict) or entry.get("kind") != "name":
-            raise _broken("E_ARTEFACT_FOREIGN", path, "is not an entry of the name index")
+            raise broken("E_ARTEFACT_FOREIGN", path, "is not an entry of the name index")
         sha256 = entry.get("sha256")
         agrees = entry.get("name") == name and entry.get("version") == version
         if not agrees or not isinstance(sha256, str) or not _SHA256_PATTERN.fullmatch(sha256):
-            raise _broken("E_ARTEFACT_TAMPERED", path, f"does not describe {name}@{version}")
+            raise broken("E_ARTEFACT_TAMPERED", path, f"does not describe {name}@{version}")
         return ArtefactRef(name, version, sha256)
 
-    def _stored_equal(self, name: str, version: int, sealed: Card) -> ArtefactRef | None:
+    def _stored_equal(self, name: str, version: int, sealed: AnyCard) -> ArtefactRef | None:
         """The named version where it is intact and says the same as a card about to be stored."""
         try:
             ref = self._read_entry(name, version)
-            card, _, _ = self._read(ref.sha256)
+            card, _ = read_artefact(self.artefacts / ref.sha256, ref.sha256)
         except TrimtabError:
             return None  # a broken version is never "the same"; the new one gets its own number
         return ref if sealed.says_the_same_as(card) else None
 
     # -- artefacts -----------------------------------------------------------------------------
+
+    def _put(
+        self,
+        kind: type[AnyCard],
+        draft: Draft,
+        facts: dict[str, Any],
+        tensors: Tensors,
+        name: str,
+    ) -> ArtefactRef:
+        """Seal a draft with checked tensors and the facts read off them; give it a version."""
+        content = save_safetensors(tensors)
+        fields = {
+            **draft.model_dump(exclude={*facts, "tensors_sha256"}),
+            **facts,
+            "tensors_sha256": hashlib.sha256(content).hexdigest(),
+        }
+        sealed = kind.model_validate(fields)
+        while True:
+            latest = self._latest_version(name)
+            if latest:
+                stored = self._stored_equal(name, latest, sealed)
+                if stored is not None:
+                    return stored
+            sha256 = sealed.identity()
+            self._place(sha256, sealed.canonical(), content)
+            entry: dict[str, Any] = {
+                "apiVersion": API_VERSION,
+                "kind": "name",
+                "name": name,
+                "version": latest + 1,
+                "sha256": sha256,
+            }
+            try:
+                create_file(self._entry(name, latest + 1), rfc8785.dumps(entry))
+            except FileExistsError:
+                continue  # another writer took this version; look at what it wrote and go on
+            return ArtefactRef(name, latest + 1, sha256)
 
     def _place(self, sha256: str, card: bytes, tensors: bytes) -> None:
         """Bring one artefact's folder into place, healing a broken one of the same hash."""
@@ -331,7 +478,7 @@ class Store:
                 return
             except FileExistsError:
                 try:
-                    self._read(sha256)
+                    read_artefact(target, sha256)
                     return
                 except TrimtabError:
                     # The hash says what belongs here, and this is not it.
@@ -341,44 +488,6 @@ class Store:
                         shutil.rmtree(aside, ignore_errors=True)
                     else:
                         aside.unlink(missing_ok=True)
-
-    def _read(self, sha256: str) -> tuple[Card, FloatArray, BoolArray]:
-        folder = self.artefacts / sha256
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise _broken("E_ARTEFACT_FOREIGN", folder, "is not a plain folder")
-        if not folder.exists():
-            raise _broken("E_ARTEFACT_UNKNOWN", folder, "is not there, though the index names it")
-        card = self._read_card(folder / CARD_FILE, sha256)
-        vectors, present = _read_tensors(folder / TENSORS_FILE, card)
-        return card, vectors, present
-
-    def _read_card(self, path: Path, sha256: str) -> Card:
-        content = _read_own(path, _MAX_CARD_BYTES)
-        whole = True
-        document: Any = None
-        try:
-            document = json.loads(content)
-        except (ValueError, RecursionError):
-            whole = False
-        if hashlib.sha256(content).hexdigest() != sha256:
-            if not whole:
-                raise _broken("E_ARTEFACT_TRUNCATED", path, "is not whole JSON")
-            raise _broken("E_ARTEFACT_TAMPERED", path, "does not have the hash it is stored under")
-        if not isinstance(document, dict) or document.get("apiVersion") != API_VERSION:
-            raise _broken("E_ARTEFACT_FOREIGN", path, f"is not a card of {API_VERSION}")
-        if document.get("kind") != "direction":
-            kind = _shown(document.get("kind"))
-            raise _broken("E_ARTEFACT_FOREIGN", path, f"is a card of kind {kind}, not direction")
-        try:
-            card = Card.model_validate(document)
-            canonical = rfc8785.dumps(document)
-        except (ValidationError, rfc8785.CanonicalizationError) as error:
-            raise _broken("E_ARTEFACT_FOREIGN", path, f"is not a direction's card: {error}") from (
-                error
-            )
-        if canonical != content:
-            raise _broken("E_ARTEFACT_FOREIGN", path, "is not in canonical form (RFC 8785)")
-        return card
 
 
 def check_name(name: str) -> None:
@@ -390,116 +499,33 @@ def check_name(name: str) -> None:
     if not NAME_PATTERN.fullmatch(name):
         raise TrimtabError(
             "E_ARTEFACT_NAME",
-            f"{_shown(name)} is not a name",
+            f"{shown(name)} is not a name",
             expected="a lower-case letter or digit, then up to 63 of a-z 0-9 . _ -",
         )
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…'"
+def _pairs(heads: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Pairs of whole numbers, of Python's own type; numpy's are welcome, truth values are not."""
+    pairs = []
+    for pair in heads:
+        try:
+            layer, head = pair
+            if isinstance(layer, bool) or isinstance(head, bool):
+                raise TypeError
+            pairs.append((operator.index(layer), operator.index(head)))
+        except (TypeError, ValueError):
+            raise TrimtabError(
+                "E_ARTEFACT_HEADS",
+                f"{shown(pair)} is not a head",
+                field="$.heads",
+                expected="a layer and a query head, whole numbers from 0",
+            ) from None
+    return tuple(pairs)
 
 
-def _broken(code: str, path: Path, what: str) -> TrimtabError:
-    return TrimtabError(code, f"{path} {what}", field=str(path))
-
-
-def _read_own(path: Path, limit: int) -> bytes:
-    """Read a plain file of the store, up to a limit.
-
-    The store makes neither links nor pipes: a link could point out of the store, and opening a pipe
-    would wait for ever.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise _broken("E_ARTEFACT_TRUNCATED", path, "is missing") from None
-    except OSError as error:
-        if path.is_symlink():
-            raise _broken("E_ARTEFACT_FOREIGN", path, "is a symbolic link") from error
-        raise
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise _broken("E_ARTEFACT_FOREIGN", path, "is not a plain file")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > limit:
-            raise _broken(
-                "E_ARTEFACT_FOREIGN", path, f"has {status.st_size} bytes, more than {limit}"
-            )
-        return file.read(limit + 1)
-
-
-def _read_tensors(path: Path, card: Card) -> tuple[FloatArray, BoolArray]:
-    num_layers, hidden_size = card.model.num_layers, card.model.hidden_size
-    content = _read_own(path, num_layers * (hidden_size * 4 + 1) + _MAX_HEADER_BYTES)
-    tampered = hashlib.sha256(content).hexdigest() != card.tensors_sha256
-    if tampered and _is_short(content):
-        raise _broken("E_ARTEFACT_TRUNCATED", path, "ends before its tensors do")
-    if tampered:
-        raise _broken("E_ARTEFACT_TAMPERED", path, "does not have the hash that its card states")
-    try:
-        tensors = load_safetensors(content)
-    except (SafetensorError, ValueError) as error:
-        raise _broken("E_ARTEFACT_FOREIGN", path, f"is not a safetensors file: {error}") from error
-    if set(tensors) != {"vectors", "present"}:
-        names = ", ".join(sorted(tensors))
-        raise _broken("E_ARTEFACT_FOREIGN", path, f"holds {names}, not vectors and present")
-    vectors, present = tensors["vectors"], tensors["present"]
-    if vectors.dtype != np.float32 or present.dtype not in (np.dtype(np.uint8), np.dtype(np.bool_)):
-        raise _broken("E_ARTEFACT_SHAPE", path, f"holds {vectors.dtype} and {present.dtype}")
-    rows, mask = _checked_tensors(card, vectors, present)
-    if tuple(np.flatnonzero(mask)) != card.layers:
-        raise _broken("E_ARTEFACT_SHAPE", path, "has other layers than its card says")
-    if np.any(vectors[~mask]):
-        raise _broken("E_ARTEFACT_SHAPE", path, "has numbers in layers it says are absent")
-    return rows, mask
-
-
-def _is_short(content: bytes) -> bool:
-    """Whether a safetensors file ends before its header says."""
-    if len(content) < 8:
-        return True
-    header_size = int.from_bytes(content[:8], "little")
-    if header_size > _MAX_HEADER_BYTES:
-        return False
-    if len(content) < 8 + header_size:
-        return True
-    try:
-        header = json.loads(content[8 : 8 + header_size])
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
-        return len(content) < 8 + header_size + max(ends, default=0)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return False
-
-
-def _checked_tensors(
-    card: CardDraft, vectors: npt.ArrayLike, present: npt.ArrayLike
-) -> tuple[FloatArray, BoolArray]:
-    """The tensors as they are stored, or why they cannot be a direction of this model."""
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, refused below
-        rows = np.array(vectors, dtype=np.float32, order="C")
-    mask = np.array(present).astype(bool)
-    shape = (card.model.num_layers, card.model.hidden_size)
-    if rows.shape != shape:
-        raise TrimtabError(
-            "E_ARTEFACT_SHAPE", f"vectors have shape {rows.shape}", expected=f"{shape}"
-        )
-    if mask.shape != shape[:1]:
-        raise TrimtabError(
-            "E_ARTEFACT_SHAPE",
-            f"the mask of layers has shape {mask.shape}",
-            expected=f"{shape[:1]}",
-        )
-    if not mask.any():
-        raise TrimtabError("E_ARTEFACT_SHAPE", "no layer is present", expected="at least one")
-    finite = np.isfinite(rows).all(axis=1)
-    bad = np.flatnonzero(mask & ~finite)
-    if bad.size:
-        raise TrimtabError(
-            "E_ARTEFACT_NONFINITE",
-            f"vectors hold NaN or infinity at layer {int(bad[0])}",
-            expected="finite numbers",
-        )
-    rows[~mask] = 0.0
-    return rows, mask
+def _wrong_kind(found: Artefact, wanted: str) -> TrimtabError:
+    return TrimtabError(
+        "E_ARTEFACT_KIND",
+        f"{found.reference} is a {found.card.kind}, not a {wanted}",
+        expected=f"a {wanted}",
+    )

@@ -1,4 +1,7 @@
-"""``trimtab directions``: making, looking at, checking and exchanging directions."""
+"""``trimtab directions``: making, looking at, checking and exchanging directions.
+
+``list``, ``show`` and ``verify`` know every kind of artefact in the store.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from directions.errors import TrimtabError
-from server.cli.output import JsonOption, Output, command_output, progress_reporter
+from server.cli.artefact_view import described, layer_ranges, show_artefact
+from server.cli.output import JsonOption, command_output, progress_reporter
 
 if TYPE_CHECKING:
     from directions.examples import ExampleSet
     from directions.extraction import Method
     from directions.progress import Progress
-    from directions.store import Direction, Store
+    from directions.store import Store
 
 app = typer.Typer(
     name="directions",
@@ -104,7 +108,7 @@ def extract(
         direction = store.load(ref.reference)
         if found:
             out.note(f"{ref.reference} was made by this very recipe already")
-        _show(out, direction)
+        show_artefact(out, direction)
 
 
 def _recipe(
@@ -174,57 +178,60 @@ def _recipe(
 
 @app.command("list")
 def list_(json_output: JsonOption = False) -> None:
-    """List every version of every direction."""
+    """List every version of every artefact: directions, probes and head sets."""
     with command_output(json_output) as out:
         from rich.table import Table
 
         from directions.store import Store
 
         store = Store()
-        table = Table("direction", "method", "model", "layers", "made", "sha256")
+        table = Table("artefact", "kind", "method", "model", "where", "made", "sha256")
         table.columns[0].overflow = "fold"
         rows: list[dict[str, Any]] = []
         for reference in _references(store):
             try:
-                direction = store.load(reference)
+                artefact = store.load_any(reference)
             except TrimtabError as error:
                 rows.append({"reference": reference, "error": error.to_dict()})
-                table.add_row(reference, f"[red]{error.code}[/]")
+                table.add_row(reference, "", f"[red]{error.code}[/]")
                 continue
-            card = direction.card
+            card = artefact.card
+            where, fields = described(artefact)
             rows.append(
                 {
                     "reference": reference,
-                    "sha256": direction.sha256,
+                    "kind": card.kind,
+                    "sha256": artefact.sha256,
                     "method": card.method,
                     "position": card.position,
                     "architecture": card.model.architecture,
-                    "layers": list(card.layers),
+                    **fields,
                     "created": card.created,
                 }
             )
             table.add_row(
                 reference,
+                card.kind,
                 f"{card.method} {card.position}",
                 f"{card.model.architecture} {card.model.num_layers}×{card.model.hidden_size}",
-                layer_ranges(card.layers),
+                where,
                 card.created[:10],
-                direction.sha256[:8],
+                artefact.sha256[:8],
             )
         if rows:
             out.table(table)
         else:
-            out.note(f"no directions in {store.root} yet: see trimtab directions extract --help")
+            out.note(f"no artefacts in {store.root} yet: see trimtab directions extract --help")
         out.result({"home": str(store.root), "directions": rows})
 
 
 @app.command()
 def show(reference: ReferenceArgument, json_output: JsonOption = False) -> None:
-    """Show a direction's card, and a picture of its layers."""
+    """Show the card of a direction, probe or head set, and a picture of what it holds."""
     with command_output(json_output) as out:
         from directions.store import Store
 
-        _show(out, Store().load(reference))
+        show_artefact(out, Store().load_any(reference))
 
 
 @app.command()
@@ -234,7 +241,7 @@ def verify(
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Read directions again and check every hash; exit with 1 where something is wrong."""
+    """Read artefacts again and check every hash; exit with 1 where something is wrong."""
     with command_output(json_output) as out:
         from rich.table import Table
 
@@ -248,13 +255,20 @@ def verify(
         with out.progress() as progress:
             for reference in progress.track(chosen, description="verify"):
                 try:
-                    direction = store.load(reference)
+                    artefact = store.load_any(reference)
                 except TrimtabError as error:
                     wrong += 1
                     rows.append({"reference": reference, "ok": False, "error": error.to_dict()})
                     table.add_row(reference, f"[red]{error.code}[/]", error.message)
                 else:
-                    rows.append({"reference": reference, "ok": True, "sha256": direction.sha256})
+                    rows.append(
+                        {
+                            "reference": reference,
+                            "ok": True,
+                            "kind": artefact.card.kind,
+                            "sha256": artefact.sha256,
+                        }
+                    )
                     table.add_row(reference, "[green]ok[/]", "")
         if rows:
             out.table(table)
@@ -307,7 +321,7 @@ def import_(
                 reading = Reading(dtype, device, batch_size)
                 made = with_norms(made, checkpoint, prompts, reading, progress)
             ref = made.store(store, name)
-        _show(out, store.load(ref.reference))
+        show_artefact(out, store.load(ref.reference))
 
 
 @app.command()
@@ -349,93 +363,3 @@ def _references(store: Store, *, unnamed: bool = False) -> list[str]:
     if unnamed:
         found += [f"sha256:{sha256}" for sha256 in store.identities() if sha256 not in named]
     return found
-
-
-def layer_ranges(layers: tuple[int, ...]) -> str:
-    """Layers as people write them: ``0-3,7``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-# Two of these and the figures fit into 80 columns.
-_BAR = 20
-
-
-def _show(out: Output, direction: Direction) -> None:
-    """Print a direction: its card in two columns, and its layers as bars."""
-    import numpy as np
-    from rich.table import Table
-
-    card = direction.card
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    facts.add_row("direction", direction.reference)
-    facts.add_row("sha256", direction.sha256)
-    facts.add_row("method", card.method + (f" at {card.position}" if card.position else ""))
-    facts.add_row("description", card.description)
-    model = card.model
-    facts.add_row(
-        "model", f"{model.architecture}, {model.num_layers} layers of {model.hidden_size}"
-    )
-    for source in card.sources:
-        facts.add_row(source.role, f"{source.name}, {source.rows} rows, {source.licence or '?'}")
-    summary = {key: value for key, value in card.quality.items() if "." not in key}
-    if summary:
-        shown = ", ".join(f"{key} {value:.3g}" for key, value in sorted(summary.items()))
-        facts.add_row("quality", shown)
-    facts.add_row("made", f"{card.created} in {card.dtype}")
-    out.table(facts)
-
-    norms = np.linalg.norm(direction.vectors, axis=1)
-    picture = Table(box=None, pad_edge=False)
-    picture.add_column("layer", justify="right")
-    picture.add_column("length", justify="right")
-    picture.add_column("", min_width=_BAR, no_wrap=True)
-    picture.add_column("of norm", justify="right", no_wrap=True)
-    picture.add_column("separation", justify="right", no_wrap=True)
-    picture.add_column("", min_width=_BAR, no_wrap=True)
-    separations = [card.quality.get(f"separation.{layer}") for layer in card.layers]
-    best = max((value for value in separations if value is not None), default=0.0)
-    layers = []
-    for layer, separation in zip(card.layers, separations, strict=True):
-        length, activation = float(norms[layer]), card.activation_norms[layer]
-        share = length / activation if activation else None
-        picture.add_row(
-            str(layer),
-            f"{length:.3g}",
-            bar(length, float(norms.max())),
-            "" if share is None else f"{share:.1%}",
-            "" if separation is None else f"{separation:.2f}",
-            "" if separation is None else bar(separation, best),
-        )
-        layers.append(
-            {
-                "layer": layer,
-                "length": length,
-                "activation_norm": activation,
-                "separation": separation,
-            }
-        )
-    out.table(picture)
-    out.result(
-        {
-            "reference": direction.reference,
-            "sha256": direction.sha256,
-            "card": card.model_dump(mode="json"),
-            "layers": layers,
-        }
-    )
-
-
-def bar(value: float, longest: float, width: int = _BAR) -> str:
-    """A horizontal bar, to an eighth of a character."""
-    if longest <= 0 or value <= 0:
-        return ""
-    eighths = round(min(1.0, value / longest) * width * 8)
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

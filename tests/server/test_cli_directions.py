@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from directions.card import CardDraft, HeadSetDraft, ModelFingerprint, ProbeDraft
 from directions.store import Store
-from server.cli.directions import bar, layer_ranges
+from server.cli.artefact_view import bar, layer_ranges
 from server.cli.main import app
 
 Run = Callable[..., Result]
@@ -158,6 +159,121 @@ def test_list_and_show(run: Run, extracted: Result) -> None:
     assert shown == json.loads(extracted.stdout)
     by_hash = run("directions", "show", f"sha256:{shown['sha256']}", "--json")
     assert json.loads(by_hash.stdout)["card"] == shown["card"]
+
+
+COMMON: dict[str, Any] = {
+    "method": "by-hand",
+    "model": ModelFingerprint(
+        architecture="LlamaForCausalLM",
+        hidden_size=8,
+        num_layers=40,
+        num_heads=4,
+        num_kv_heads=2,
+        tokenizer_sha256="a" * 64,
+    ),
+    "dtype": "float32",
+    "created": "2026-01-02T03:04:05Z",
+}
+
+
+@pytest.fixture
+def every_kind(run: Run) -> Store:
+    """A store with a direction, two probes and two head sets."""
+    store = Store()
+    card = CardDraft(**COMMON, activation_norms=(1.0,) * 40)
+    store.put(card, np.ones((40, 8)), [True] * 40, name="calm")
+    places = [("residual", 12, "affine"), ("final_norm", None, "cosine")]
+    for site, layer, read_out in places:
+        probe = ProbeDraft(
+            **COMMON,
+            site=site,
+            layer=layer,
+            read_out=read_out,
+            calibration={"threshold": 0.625},
+            outputs=("refusal", "harm"),
+        )
+        store.put_probe(probe, np.full((2, 8), 2.0), [0.5, -1.5], name="judge")
+    heads = HeadSetDraft(**COMMON)
+    store.put_head_set(heads, [(31, 2), (7, 0), (8, 1)], [-0.5, 0.25, 0.0], name="few")
+    many = [(layer, head) for layer in range(40) for head in range(4)]
+    store.put_head_set(heads, many, np.zeros(160), name="many")
+    return store
+
+
+def test_list_tells_every_kind_apart(run: Run, every_kind: Store) -> None:
+    rows = json.loads(run("directions", "list", "--json").stdout)["directions"]
+    assert [(row["reference"], row["kind"]) for row in rows] == [
+        ("calm@1", "direction"),
+        ("few@1", "head-set"),
+        ("judge@1", "probe"),
+        ("judge@2", "probe"),
+        ("many@1", "head-set"),
+    ]
+    calm, few, judge, final, many = rows
+    assert calm["layers"] == list(range(40))
+    assert (few["layers"], few["heads"], many["heads"]) == ([7, 8, 31], 3, 160)
+    assert (judge["site"], judge["layer"]) == ("residual", 12)
+    assert (final["site"], final["layer"]) == ("final_norm", None)
+    assert judge["outputs"] == ["refusal", "harm"]
+    printed = run("directions", "list").stdout
+    for text in ("kind", "direction", "probe", "head-set", "final norm", "layers 0-39"):
+        assert text in printed
+
+
+def test_show_prints_what_a_probe_has_to_say(run: Run, every_kind: Store) -> None:
+    printed = run("directions", "show", "judge@1").stdout
+    for text in ("after layer 12", "affine", "threshold 0.625", "refusal", "harm", "5.66", "-1.5"):
+        assert text in printed
+    assert "final norm" in run("directions", "show", "judge").stdout
+    shown = json.loads(run("directions", "show", "judge@1", "--json").stdout)
+    assert shown["sha256"] == every_kind.resolve("judge@1").sha256
+    assert shown["card"]["kind"] == "probe"
+    length = pytest.approx(np.sqrt(32))
+    assert shown["outputs"] == [
+        {"output": 0, "name": "refusal", "length": length, "bias": 0.5},
+        {"output": 1, "name": "harm", "length": length, "bias": -1.5},
+    ]
+
+
+def test_show_prints_the_heads_in_their_order_with_their_evidence(
+    run: Run, every_kind: Store
+) -> None:
+    lines = run("directions", "show", "few").stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if "evidence" in line) + 1
+    assert [line.split()[:3] for line in lines[first : first + 3]] == [
+        ["31", "2", "-0.5"],
+        ["7", "0", "0.25"],
+        ["8", "1", "0"],
+    ]
+    bars = [line.count("█") for line in lines[first : first + 3]]
+    assert bars == [20, 10, 0]
+    shown = json.loads(run("directions", "show", "few", "--json").stdout)
+    assert shown["heads"][0] == {"layer": 31, "head": 2, "evidence": -0.5}
+    many = run("directions", "show", "many", "--json")
+    assert len(json.loads(many.stdout)["heads"]) == 160
+    assert "96 more heads" in many.stderr
+
+
+def test_verify_checks_every_kind(run: Run, every_kind: Store) -> None:
+    good = json.loads(run("directions", "verify", "--json").stdout)
+    assert (good["checked"], good["wrong"]) == (5, 0)
+    assert [row["kind"] for row in good["artefacts"]].count("probe") == 2
+    sha256 = every_kind.resolve("judge@2").sha256
+    (every_kind.artefacts / sha256 / "tensors.safetensors").write_bytes(b"")
+    bad = run("directions", "verify", "--json")
+    assert bad.exit_code == 1
+    wrong = [row for row in json.loads(bad.stdout)["artefacts"] if not row["ok"]]
+    assert [(row["reference"], row["error"]["code"]) for row in wrong] == [
+        ("judge@2", "E_ARTEFACT_TRUNCATED")
+    ]
+    assert run("directions", "list").exit_code == 0
+
+
+def test_only_a_direction_can_be_exported(run: Run, every_kind: Store) -> None:
+    for name in ("judge", "few"):
+        refused = run("directions", "export", name, "v.gguf", "--json")
+        assert error_of(refused)["code"] == "E_ARTEFACT_KIND"
+    assert not Path("v.gguf").exists()
 
 
 def test_an_empty_home_lists_nothing_and_says_what_to_do(run: Run) -> None:
