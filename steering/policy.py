@@ -15,7 +15,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
@@ -30,9 +31,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from steering.edits.ablate import Ablate
 from steering.edits.add import Add
-from steering.edits.kind import ClosedModel, EditSpec, FiniteFloat
-from steering.edits.scope import Scope
+from steering.edits.clamp import Clamp
+from steering.edits.kind import ClosedModel, EditSpec, FiniteFloat, NamedArtefact
+from steering.edits.rotate import Rotate
+from steering.edits.scale_heads import ScaleHeads
+from steering.edits.scope import MAX_WINDOWS, Scope, windows_of
+from steering.gates import MAX_GATES, Gate
 from steering.policy_document import COMMA_HINT
 from steering.policy_errors import PathParts, PolicyError, PolicyErrors, shown
 
@@ -46,7 +52,7 @@ MAX_EDITS: Final = 64
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 _RANGE: Final = re.compile(r"[0-9]+(-[0-9]+)?\Z")
-_EDIT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
+_INNER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 
 
 def _policy_name(name: str) -> str:
@@ -66,16 +72,28 @@ def _policy_name(name: str) -> str:
     return name
 
 
-def _edit_name(name: str) -> str:
-    # No dot, so that an edit's JSON path needs no quotes.
-    if _EDIT_NAME.match(name) is None:
+def _inner_name(name: str, what: str) -> str:
+    # No dot, so that its JSON path needs no quotes.
+    if _INNER_NAME.match(name) is None:
         raise PydanticCustomError(
             "E_POLICY_NAME",
-            "{found} is not a name of an edit; use up to 64 lower-case letters, digits, '_' and "
+            "{found} is not a name of {what}; use up to 64 lower-case letters, digits, '_' and "
             "'-', beginning with a letter or digit",
-            {"found": shown(name)},
+            {"found": shown(name), "what": what},
         )
     return name
+
+
+def _edit_name(name: str) -> str:
+    return _inner_name(name, "an edit")
+
+
+def _gate_name(name: str) -> str:
+    return _inner_name(name, "a gate")
+
+
+def _no_edit(name: str, edits: Collection[str]) -> str:
+    return f"no edit is named {shown(name)}; there are {', '.join(sorted(edits)) or 'none'}"[:400]
 
 
 def _pair(value: object) -> object:
@@ -108,24 +126,51 @@ def _not_too_many(edits: dict[str, Edit]) -> dict[str, Edit]:
             "{count} edits; at most {most} are allowed",
             {"count": len(edits), "most": MAX_EDITS},
         )
+    windows = {n for edit in edits.values() for n in windows_of(edit.scope)}
+    if len(windows) > MAX_WINDOWS:
+        raise PydanticCustomError(
+            "E_POLICY_SIZE",
+            "{count} different numbers of first tokens; at most {most} are allowed",
+            {"count": len(windows), "most": MAX_WINDOWS},
+        )
     return edits
+
+
+def _not_too_many_gates(gates: dict[str, Gate]) -> dict[str, Gate]:
+    if len(gates) > MAX_GATES:
+        raise PydanticCustomError(
+            "E_POLICY_SIZE",
+            "{count} gates; at most {most} are allowed",
+            {"count": len(gates), "most": MAX_GATES},
+        )
+    return gates
 
 
 class Edit(ClosedModel):
     """One change to activations: exactly one kind, and the tokens it applies to.
 
-    Each field but ``scope`` is a kind (see :mod:`steering.edits.kind`).
+    Each field but ``scope`` is a kind (see :mod:`steering.edits.kind`). Their order here is that in
+    which the edits of a policy act within a layer; edits of one kind act in the order of their
+    names.
     """
 
+    scale_heads: ScaleHeads | None = None
+    ablate: Ablate | None = None
+    clamp: Clamp | None = None
+    rotate: Rotate | None = None
     add: Add | None = None
     scope: Scope = ("all",)
 
-    @model_validator(mode="after")
-    def _has_one_kind(self) -> Self:
-        fault = _kind_fault({kind: True for kind in KINDS if getattr(self, kind) is not None})
-        if fault is not None:
-            raise PydanticCustomError("E_POLICY_EDIT_KIND", "{fault}", {"fault": fault})
-        return self
+    @classmethod
+    def key_fault(cls, keys: Collection[str]) -> tuple[str, str] | None:
+        given = [kind for kind in KINDS if kind in keys]
+        if len(given) == 1:
+            return None
+        if given:
+            said = f"an edit has one kind, found {' and '.join(given)}; make an edit of each"
+        else:
+            said = f"an edit needs its kind: {' or '.join(KINDS)}"
+        return "E_POLICY_EDIT_KIND", said
 
     @property
     def kind(self) -> str:
@@ -149,15 +194,6 @@ KINDS: Final[dict[str, type[EditSpec]]] = {
 """The kinds of edit that a policy may hold, read off the fields of :class:`Edit`."""
 
 
-def _kind_fault(edit: Mapping[Any, object]) -> str | None:
-    given = [kind for kind in KINDS if kind in edit and edit[kind] is not None]
-    if len(given) == 1:
-        return None
-    if given:
-        return f"an edit has one kind, found {' and '.join(given)}; make an edit of each"
-    return f"an edit needs its kind: {' or '.join(KINDS)}"
-
-
 class Policy(ClosedModel):
     """A valid policy, in normal form. Make one with :func:`parse_policy`.
 
@@ -169,7 +205,8 @@ class Policy(ClosedModel):
         on_failure: ``closed``: a request that cannot be steered fails; ``open``: it is answered
             unsteered, and the answer says so.
         strength_range: the lowest and highest multiplier that a request may ask for; holds 1.
-        edits: by name; several may act on one layer, their effects add up.
+        edits: by name; several may act on one layer.
+        gates: by name; an edit that gates name is in force only where one of them is open.
     """
 
     api_version: Literal["trimtab/v1"] = Field(alias="apiVersion")
@@ -187,11 +224,46 @@ class Policy(ClosedModel):
     edits: Annotated[
         dict[Annotated[str, AfterValidator(_edit_name)], Edit], AfterValidator(_not_too_many)
     ] = Field(default_factory=dict)
+    gates: Annotated[
+        dict[Annotated[str, AfterValidator(_gate_name)], Gate], AfterValidator(_not_too_many_gates)
+    ] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _gates_open_what_is_there(self) -> Self:
+        for gate in self.gates.values():
+            for name in gate.then:
+                if name not in self.edits:
+                    raise PydanticCustomError(
+                        "E_GATE_EDIT", "{fault}", {"fault": _no_edit(name, self.edits)}
+                    )
+        return self
 
     @property
     def reference(self) -> str:
         """``name@version``."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def acting_order(self) -> tuple[str, ...]:
+        """The names of the edits in the order in which they act within a layer."""
+        kinds = list(KINDS)
+        return tuple(
+            sorted(self.edits, key=lambda name: (kinds.index(self.edits[name].kind), name))
+        )
+
+    @property
+    def artefacts(self) -> tuple[NamedArtefact, ...]:
+        """Every place that names an artefact, with its path in the document."""
+        in_edits = [
+            replace(named, path=("edits", name, edit.kind, *named.path))
+            for name, edit in self.edits.items()
+            for named in edit.spec.artefacts
+        ]
+        in_gates = [
+            replace(gate.artefact, path=("gates", name, *gate.artefact.path))
+            for name, gate in self.gates.items()
+        ]
+        return (*in_edits, *in_gates)
 
     @cached_property
     def canonical(self) -> bytes:
@@ -203,6 +275,8 @@ class Policy(ClosedModel):
         form = self.model_dump(
             mode="json", by_alias=True, exclude_none=True, exclude={"description"}
         )
+        if not self.gates:
+            del form["gates"]
         return rfc8785.dumps(form)
 
     @cached_property
@@ -224,22 +298,27 @@ def parse_policy(data: object) -> Policy:
             (unknown), ``E_POLICY_MISSING``, ``E_POLICY_VALUE`` (not among the allowed words, or too
             long), ``E_POLICY_NUMBER`` (not finite, or out of bounds), ``E_POLICY_SIZE`` (too many
             edits), ``E_POLICY_NAME``, ``E_POLICY_NAME_RESERVED``, ``E_POLICY_STRENGTH_RANGE``,
-            ``E_POLICY_EDIT_KIND``, ``E_POLICY_SCOPE``, ``E_POLICY_LAYERS``, ``E_POLICY_REFERENCE``.
+            ``E_POLICY_EDIT_KIND``, ``E_POLICY_SCOPE``, ``E_POLICY_LAYERS``, ``E_POLICY_REFERENCE``,
+            ``E_POLICY_CHOICE`` (not exactly one of several keys), ``E_POLICY_SITES``,
+            ``E_POLICY_BOUNDS``, ``E_POLICY_PLANE``, ``E_POLICY_HEADS``, ``E_GATE_THRESHOLD``,
+            ``E_GATE_EDIT``.
     """
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
         faults = [_fault(details) for details in error.errors(include_url=False)]
-    # Pydantic asks an edit for its kind only if its keys are sound; here it is asked regardless,
-    # except where an unknown key, reported above, is likely to be the kind misspelt.
+    # Pydantic asks whether keys fit together only if each is sound; here it is asked regardless,
+    # except where an unknown key, reported above, is likely to be one of them misspelt.
     known = {(fault.path, fault.code) for fault in faults}
     unknown_in = {fault.path[:-1] for fault in faults if fault.code == "E_POLICY_KEY"}
-    for name, edit in _raw_edits(data).items():
-        path: PathParts = ("edits", name)
-        missing = _kind_fault(edit)
-        if missing is None or path in unknown_in or (path, "E_POLICY_EDIT_KIND") in known:
+    for path, model, keys in _raw_models(data):
+        fault = model.key_fault([key for key, value in keys.items() if value is not None])
+        if fault is None or path in unknown_in or (path, fault[0]) in known:
             continue
-        faults.append(PolicyError("E_POLICY_EDIT_KIND", missing, path))
+        faults.append(PolicyError(*fault, path))
+    # Likewise whether gates name edits that are there; what pydantic found has no place.
+    faults = [fault for fault in faults if (fault.code, fault.path) != ("E_GATE_EDIT", ())]
+    faults.extend(_missing_edits(data))
     stated = data.get("name") if isinstance(data, Mapping) else None
     policy = stated if isinstance(stated, str) and _NAME.match(stated) else None
     raise PolicyErrors(
@@ -248,15 +327,39 @@ def parse_policy(data: object) -> Policy:
     )
 
 
-def _raw_edits(data: object) -> dict[str, Mapping[Any, object]]:
-    edits = data.get("edits") if isinstance(data, Mapping) else None
-    if not isinstance(edits, Mapping):
+def _raw_models(
+    data: object,
+) -> Iterator[tuple[PathParts, type[ClosedModel], Mapping[Any, object]]]:
+    """Every mapping that stands where an edit, the keys of its kind, or a gate belongs."""
+    for name, edit in _raw_mappings(data, "edits").items():
+        yield ("edits", name), Edit, edit
+        for kind, spec in KINDS.items():
+            keys = edit.get(kind)
+            if isinstance(keys, Mapping):
+                yield ("edits", name, kind), spec, keys
+    for name, gate in _raw_mappings(data, "gates").items():
+        yield ("gates", name), Gate, gate
+
+
+def _raw_mappings(data: object, key: str) -> dict[str, Mapping[Any, object]]:
+    found = data.get(key) if isinstance(data, Mapping) else None
+    if not isinstance(found, Mapping):
         return {}
     return {
-        name: edit
-        for name, edit in edits.items()
-        if isinstance(name, str) and isinstance(edit, Mapping)
+        name: value
+        for name, value in found.items()
+        if isinstance(name, str) and isinstance(value, Mapping)
     }
+
+
+def _missing_edits(data: object) -> Iterator[PolicyError]:
+    edits = data.get("edits") if isinstance(data, Mapping) else None
+    there = [name for name in edits if isinstance(name, str)] if isinstance(edits, Mapping) else []
+    for name, gate in _raw_mappings(data, "gates").items():
+        then = gate.get("then")
+        for i, edit in enumerate(then if isinstance(then, list | tuple) else ()):
+            if isinstance(edit, str) and edit not in there:
+                yield PolicyError("E_GATE_EDIT", _no_edit(edit, there), ("gates", name, "then", i))
 
 
 _NUMBER_FAULTS: Final = frozenset(
@@ -307,6 +410,8 @@ def _keys_at(path: PathParts) -> list[str]:
             return _keys(Edit)
         case ("edits", _, str(kind)) if kind in KINDS:
             return _keys(KINDS[kind])
+        case ("gates", _):
+            return _keys(Gate)
     return []
 
 

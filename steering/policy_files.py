@@ -135,6 +135,7 @@ def compile_policies(
     model: ModelFingerprint,
     *,
     relative_ceiling: float = 1.0,
+    thinking: tuple[str, str] | None = None,
 ) -> dict[str, Plan]:
     """A plan for each policy, whatever its mode, by the keys of ``policies``.
 
@@ -147,7 +148,9 @@ def compile_policies(
     errors: list[PolicyError] = []
     for key, policy in policies.items():
         try:
-            plans[key] = compile_policy(policy, store, model, relative_ceiling=relative_ceiling)
+            plans[key] = compile_policy(
+                policy, store, model, relative_ceiling=relative_ceiling, thinking=thinking
+            )
         except PolicyErrors as error:
             errors.extend(error.errors)
             continue
@@ -161,13 +164,13 @@ def compile_policies(
 def unresolved_artefacts(policy: Policy, store: Store) -> tuple[PolicyError, ...]:
     """The artefacts that ``policy`` names and ``store`` cannot load, as faults of the policy."""
     errors: list[PolicyError] = []
-    for name, edit in policy.edits.items():
-        for key, reference in edit.spec.references.items():
-            try:
-                store.load(reference)
-            except TrimtabError as error:
-                path = ("edits", name, edit.kind, key)
-                errors.append(
-                    PolicyError(error.code, error.message, path, error.expected, policy=policy.name)
+    for named in policy.artefacts:
+        try:
+            named.model(store)
+        except TrimtabError as error:
+            errors.append(
+                PolicyError(
+                    error.code, error.message, named.path, error.expected, policy=policy.name
                 )
+            )
     return tuple(errors)

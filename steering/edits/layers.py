@@ -8,6 +8,7 @@ the edit's direction has. Which layers a model has is checked when the policy is
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator
@@ -78,3 +79,19 @@ Layers = Annotated[
     BeforeValidator(parse_layers, json_schema_input_type=str | int | list[int]),
 ]
 """The pydantic field type of layers: takes any spelling, holds the normal form."""
+
+
+def named_layers(layers: Sequence[int], *, bare: bool = False) -> str:
+    """Ascending layers as a message names them: ``[3, 4, 5, 9]`` as ``layers 3-5,9``.
+
+    Args:
+        bare: leave out the word.
+    """
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    text = ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+    return text if bare else f"layer{'s' if len(layers) > 1 else ''} {text}"

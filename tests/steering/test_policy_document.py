@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steering.policy_document import MAX_BYTES, MAX_DEPTH, read_document
@@ -169,17 +169,20 @@ json_values = st.recursive(
 
 
 @given(json_values)
+@settings(deadline=None)
 def test_json_is_read_as_json(value: Any) -> None:
     assert read_document(json.dumps(value)).data == value
 
 
 @given(st.text(max_size=200) | st.binary(max_size=200))
+@settings(deadline=None)
 def test_any_text_is_read_or_refused(text: str | bytes) -> None:
     with contextlib.suppress(PolicyErrors):
         read_document(text)
 
 
 @given(st.text(alphabet="ab:-?,[]{}&*!|>'\"%@#\\ \n\t1.~<=x", max_size=60))
+@settings(deadline=None)
 def test_any_punctuation_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(PolicyErrors):
         read_document(text)

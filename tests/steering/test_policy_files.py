@@ -6,12 +6,14 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from directions.card import ModelFingerprint
 from directions.store import Store
-from steering.policy import parse_policy
+from steering.policy import KINDS, parse_policy
+from steering.policy_document import read_document
 from steering.policy_errors import PolicyErrors
 from steering.policy_files import (
     compile_policies,
@@ -244,12 +246,31 @@ ROOT = Path(__file__).parents[2]
 def test_the_documented_policy_is_valid() -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/policies.md").read_text(), re.S)
 
-    assert read_policy(example).reference == "calm@2"
+    policy = read_policy(example)
+    assert policy.reference == "calm@2"
+    assert list(policy.gates) == ["heated"]
+
+
+@pytest.mark.parametrize("page", ["gates", *(f"edits/{kind.replace('_', '-')}" for kind in KINDS)])
+def test_each_kind_and_gates_have_a_page_with_a_valid_example(page: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    data: dict[str, Any] = {"apiVersion": "trimtab/v1", "kind": "Policy", "name": "example"}
+    if page == "gates":
+        restore = {"ablate": {"direction": "refusal@1"}}
+        data |= {"edits": {"restore": restore}, **read_document(example).data}  # type: ignore[dict-item]
+    else:
+        data["edits"] = read_document(example).data
+
+    found = parse_policy(data)
+
+    kinds = {edit.kind.replace("_", "-") for edit in found.edits.values()}
+    assert found.gates if page == "gates" else kinds == {page.removeprefix("edits/")}
 
 
 def test_every_code_is_documented() -> None:
     sources = [*ROOT.glob("steering/policy*.py"), *ROOT.glob("steering/edits/*.py")]
-    sources.append(ROOT / "steering/plan.py")
+    sources += [ROOT / f"steering/{name}.py" for name in ("plan", "rows", "gates", "thinking")]
     raised = {
         code
         for source in sources

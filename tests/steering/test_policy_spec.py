@@ -10,12 +10,17 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from steering.edits.ablate import Ablate
 from steering.edits.add import Add
+from steering.edits.clamp import Clamp
 from steering.edits.layers import parse_layers
+from steering.edits.rotate import Rotate
+from steering.edits.scale_heads import ScaleHeads
+from steering.edits.scope import First
 from steering.policy import KINDS, MAX_EDITS, Edit, Policy, parse_policy
 from steering.policy_errors import PolicyErrors, json_path
 
@@ -110,9 +115,15 @@ def test_a_policy_cannot_be_changed() -> None:
         (changed(("description",), "\ud800"), "$.description", "E_POLICY_VALUE"),
         (changed(("modes",), "off"), "$.modes", "E_POLICY_KEY"),
         (changed(("on_failure",), "open"), "$.on_failure", "E_POLICY_KEY"),
-        (changed(("gates",), {}), "$.gates", "E_POLICY_KEY"),
+        (changed(("gates",), []), "$.gates", "E_POLICY_TYPE"),
+        (changed(("probes",), []), "$.probes", "E_POLICY_KEY"),
         (changed(("od\nd",), 1), '$["od\\nd"]', "E_POLICY_KEY"),
-        (changed(("edits", "calm", "ablate"), {}), "$.edits.calm.ablate", "E_POLICY_KEY"),
+        (changed(("edits", "calm", "erase"), {}), "$.edits.calm.erase", "E_POLICY_KEY"),
+        (changed(("edits", "calm", "scaleHeads"), {}), "$.edits.calm.scaleHeads", "E_POLICY_KEY"),
+        (with_add(vectorLayer="3"), "$.edits.calm.add.vectorLayer", "E_POLICY_TYPE"),
+        (with_add(vectorLayer=-1), "$.edits.calm.add.vectorLayer", "E_POLICY_NUMBER"),
+        (with_add(vectorLayer=1000), "$.edits.calm.add.vectorLayer", "E_POLICY_NUMBER"),
+        (with_add(vector_layer=3), "$.edits.calm.add.vector_layer", "E_POLICY_KEY"),
         (with_add(layer=3), "$.edits.calm.add.layer", "E_POLICY_KEY"),
         (changed(("name",), "Guard"), "$.name", "E_POLICY_NAME"),
         (changed(("name",), ""), "$.name", "E_POLICY_NAME"),
@@ -175,7 +186,12 @@ def test_too_many_edits_are_refused() -> None:
 
 def test_all_faults_are_reported_at_once() -> None:
     document = with_add(layers="20-12", strength=float("nan"), unit="percent")
-    document["edits"]["calm"]["scope"] = "thinking"
+    document["edits"]["calm"]["scope"] = "thoughts"
+    document["edits"]["turn"] = {"rotate": {"plane": ["a@1"], "layers": "4-3"}}
+    document["gates"] = {
+        "soft": {"probe": "p@1", "at": "start", "then": ["calm", "gone"]},
+        "hard": {"then": []},
+    }
     document["edits"]["empty"] = {"scope": []}
     document["edits"]["misspelt"] = {"ad": {}}
     document["modus"] = "off"
@@ -191,6 +207,16 @@ def test_all_faults_are_reported_at_once() -> None:
         "$.edits.empty": "E_POLICY_EDIT_KIND",
         "$.edits.empty.scope": "E_POLICY_SCOPE",
         "$.edits.misspelt.ad": "E_POLICY_KEY",
+        "$.edits.turn.rotate": "E_POLICY_CHOICE",
+        "$.edits.turn.rotate.plane": "E_POLICY_PLANE",
+        "$.edits.turn.rotate.layers": "E_POLICY_LAYERS",
+        "$.gates.soft": "E_POLICY_CHOICE",
+        "$.gates.soft.at": "E_POLICY_VALUE",
+        "$.gates.soft.then[1]": "E_GATE_EDIT",
+        "$.gates.hard": "E_POLICY_CHOICE",
+        "$.gates.hard.probe": "E_POLICY_MISSING",
+        "$.gates.hard.at": "E_POLICY_MISSING",
+        "$.gates.hard.then": "E_GATE_EDIT",
     }
 
 
@@ -202,7 +228,7 @@ def test_an_unknown_key_is_answered_with_the_near_one() -> None:
 
 
 def test_an_edit_without_kind_cannot_be_made_in_python_either() -> None:
-    with pytest.raises(ValidationError, match="an edit needs its kind: add"):
+    with pytest.raises(ValidationError, match="an edit needs its kind: scale_heads or"):
         Edit()
 
 
@@ -238,6 +264,142 @@ def test_messages_are_one_printable_line_whatever_was_found() -> None:
         for error in caught.value.errors:
             assert str(error).isprintable()
             assert len(str(error)) < 600
+
+
+# -- the keys of each kind --------------------------------------------------------------------------
+
+ABLATE = {"direction": "calm@1"}
+CLAMP = {"direction": "calm@1", "to": 1}
+ROTATE = {"plane": ["a@1", "b@1"], "by": 90}
+HEADS = {"heads": [[3, 1], [2, 5]], "factor": 0.5}
+
+
+def edit(kind: str, base: dict[str, Any], **keys: object) -> dict[str, Any]:
+    """A document with one edit; keys that are ``...`` are taken out of ``base``."""
+    spec = {key: value for key, value in {**base, **keys}.items() if value is not ...}
+    return changed(("edits",), {"e": {kind: spec}})
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "code"),
+    [
+        (edit("ablate", ABLATE, direction=...), ".ablate.direction", "E_POLICY_MISSING"),
+        (edit("ablate", ABLATE, direction="calm"), ".ablate.direction", "E_POLICY_REFERENCE"),
+        (edit("ablate", ABLATE, unit="unit"), ".ablate.unit", "E_POLICY_KEY"),
+        (edit("ablate", ABLATE, sites=[]), ".ablate.sites", "E_POLICY_SITES"),
+        (edit("ablate", ABLATE, sites=["mlp", "mlp"]), ".ablate.sites", "E_POLICY_SITES"),
+        (edit("ablate", ABLATE, sites=["heads"]), ".ablate.sites", "E_POLICY_SITES"),
+        (edit("ablate", ABLATE, sites=[["mlp"]]), ".ablate.sites", "E_POLICY_SITES"),
+        (edit("ablate", ABLATE, strength=float("inf")), ".ablate.strength", "E_POLICY_NUMBER"),
+        (edit("clamp", CLAMP, to=...), ".clamp", "E_POLICY_CHOICE"),
+        (edit("clamp", CLAMP, atMost=2), ".clamp", "E_POLICY_CHOICE"),
+        (edit("clamp", CLAMP, atMost=2, atLeast=0), ".clamp", "E_POLICY_CHOICE"),
+        (edit("clamp", CLAMP, to=..., atMost=0, atLeast=1), ".clamp", "E_POLICY_BOUNDS"),
+        (edit("clamp", CLAMP, to=..., at_most=0), ".clamp.at_most", "E_POLICY_KEY"),
+        (edit("clamp", CLAMP, unit="unit"), ".clamp.unit", "E_POLICY_VALUE"),
+        (edit("rotate", ROTATE, by=...), ".rotate", "E_POLICY_CHOICE"),
+        (edit("rotate", ROTATE, to=0), ".rotate", "E_POLICY_CHOICE"),
+        (edit("rotate", ROTATE, by=181), ".rotate.by", "E_POLICY_NUMBER"),
+        (edit("rotate", ROTATE, plane="a@1"), ".rotate.plane", "E_POLICY_PLANE"),
+        (edit("rotate", ROTATE, plane=["a@1", "b"]), ".rotate.plane[1]", "E_POLICY_REFERENCE"),
+        (edit("rotate", ROTATE, plane=["a@1", 2]), ".rotate.plane[1]", "E_POLICY_TYPE"),
+        (edit("scale_heads", HEADS, heads="h"), ".scale_heads.heads", "E_POLICY_REFERENCE"),
+        (edit("scale_heads", HEADS, heads=[]), ".scale_heads.heads", "E_POLICY_HEADS"),
+        (edit("scale_heads", HEADS, heads=3), ".scale_heads.heads", "E_POLICY_HEADS"),
+        (edit("scale_heads", HEADS, heads=[[1]]), ".scale_heads.heads", "E_POLICY_HEADS"),
+        (edit("scale_heads", HEADS, heads=[[1, True]]), ".scale_heads.heads", "E_POLICY_HEADS"),
+        (edit("scale_heads", HEADS, heads=[[1, -1]]), ".scale_heads.heads", "E_POLICY_HEADS"),
+        (
+            edit("scale_heads", HEADS, heads=[[1, 1], [1, 1]]),
+            ".scale_heads.heads",
+            "E_POLICY_HEADS",
+        ),
+        (edit("scale_heads", HEADS, factor=[1]), ".scale_heads", "E_POLICY_HEADS"),
+        (edit("scale_heads", HEADS, heads="h@1", factor=[1]), ".scale_heads", "E_POLICY_HEADS"),
+        (edit("scale_heads", HEADS, factor=101), ".scale_heads.factor", "E_POLICY_NUMBER"),
+        (
+            edit("scale_heads", HEADS, factor=[0, float("nan")]),
+            ".scale_heads.factor",
+            "E_POLICY_NUMBER",
+        ),
+        (edit("scale_heads", HEADS, factor=10**400), ".scale_heads.factor", "E_POLICY_NUMBER"),
+        (edit("scale_heads", HEADS, factor="0"), ".scale_heads.factor", "E_POLICY_TYPE"),
+        (edit("scale_heads", HEADS, factor=[0, True]), ".scale_heads.factor", "E_POLICY_TYPE"),
+        (
+            edit("scale_heads", HEADS, renormalise="all"),
+            ".scale_heads.renormalise",
+            "E_POLICY_VALUE",
+        ),
+        (
+            changed(("edits", "calm", "ablate"), {"direction": "calm@1"}),
+            "$.edits.calm",
+            "E_POLICY_EDIT_KIND",
+        ),
+    ],
+)
+def test_a_fault_of_a_kind_has_its_code_and_place(document: object, path: str, code: str) -> None:
+    full = path if path.startswith("$") else f"$.edits.e{path}"
+    assert errors_of(document) == {full: code}
+
+
+def test_kinds_have_their_defaults() -> None:
+    ablate = parse_policy(edit("ablate", ABLATE)).edits["e"].spec
+    clamp = parse_policy(edit("clamp", CLAMP)).edits["e"].spec
+    heads = parse_policy(edit("scale_heads", HEADS)).edits["e"].spec
+
+    assert isinstance(ablate, Ablate)
+    assert isinstance(clamp, Clamp)
+    assert isinstance(heads, ScaleHeads)
+    assert (ablate.strength, ablate.sites, ablate.layers) == (1.0, ("residual",), "all")
+    assert (clamp.to, clamp.at_least, clamp.at_most, clamp.unit) == (1.0, None, None, "absolute")
+    assert heads.renormalise == "none"
+
+
+def test_heads_are_sorted_and_take_their_factors_along() -> None:
+    written = parse_policy(edit("scale_heads", HEADS, factor=[3, 2])).edits["e"].scale_heads
+    ordered = edit("scale_heads", HEADS, heads=[[2, 5], [3, 1]], factor=[2, 3])
+
+    assert written is not None
+    assert (written.heads, written.factor) == (((2, 5), (3, 1)), (2.0, 3.0))
+    assert parse_policy(ordered).edits["e"].scale_heads == written
+
+
+def test_sites_have_one_normal_form() -> None:
+    written = edit("ablate", ABLATE, sites=["mlp", "residual", "attention"])
+    spec = parse_policy(written).edits["e"].ablate
+
+    assert spec is not None
+    assert spec.sites == ("residual", "attention", "mlp")
+    assert parse_policy(edit("ablate", ABLATE, sites="mlp")) == parse_policy(
+        edit("ablate", ABLATE, sites=["mlp"])
+    )
+
+
+def test_edits_act_in_the_order_of_their_kinds_and_then_of_their_names() -> None:
+    document = changed(
+        ("edits",),
+        {
+            "b": {"ablate": ABLATE},
+            "d": {"add": {"direction": "calm@1", "strength": 1}},
+            "e": {"scale_heads": HEADS},
+            "a": {"ablate": ABLATE},
+            "c": {"rotate": ROTATE},
+            "f": {"clamp": CLAMP},
+        },
+    )
+
+    assert parse_policy(document).acting_order == ("e", "a", "b", "f", "c", "d")
+
+
+def test_a_policy_has_few_windows() -> None:
+    def windows(*counts: int) -> dict[str, Any]:
+        calm = MINIMAL["edits"]["calm"]
+        return changed(
+            ("edits",), {f"e{i}": {**calm, "scope": {"first": n}} for i, n in enumerate(counts)}
+        )
+
+    assert parse_policy(windows(1, 2, 3, 3, 2, 1))
+    assert errors_of(windows(1, 2, 3, 4)) == {"$.edits": "E_POLICY_SIZE"}
 
 
 # -- layers and scopes -----------------------------------------------------------------------------
@@ -278,6 +440,7 @@ def test_layers_that_are_not_plain_are_refused(written: object) -> None:
 
 
 @given(st.sets(st.integers(0, 999), min_size=1, max_size=30), st.randoms())
+@settings(deadline=None)
 def test_any_spelling_of_a_set_of_layers_is_read_the_same(layers: set[int], random: Any) -> None:
     runs: list[str] = []
     left = sorted(layers)
@@ -301,6 +464,14 @@ def test_any_spelling_of_a_set_of_layers_is_read_the_same(layers: set[int], rand
         (["generation", "prompt"], ("all",)),
         ("prompt", ("prompt",)),
         (["generation"], ("generation",)),
+        ("prompt_end", ("prompt_end",)),
+        (["think_end", "answer"], ("answer", "think_end")),
+        (["answer", "thinking", "think_end"], ("generation",)),
+        (["thinking", "prompt_end"], ("prompt_end", "thinking")),
+        (["prompt", "answer", "thinking", "think_end"], ("all",)),
+        ({"first": 16}, (First(first=16),)),
+        ([{"first": 1}, "prompt_end"], ("prompt_end", First(first=1))),
+        ([{"first": 4096}, "thinking"], ("thinking", First(first=4096))),
     ],
 )
 def test_scopes_have_one_normal_form(written: object, scope: object) -> None:
@@ -312,8 +483,12 @@ def test_scopes_have_one_normal_form(written: object, scope: object) -> None:
 @pytest.mark.parametrize(
     "written",
     [
-        *([], "", "Prompt", "thinking", "prompt,generation", ["prompt", "prompt"]),
+        *([], "", "Prompt", "thoughts", "prompt,generation", ["prompt", "prompt"]),
         *(["all", "prompt"], [["prompt"]], [1], None, {}, 0, True),
+        *(["prompt", "prompt_end"], ["generation", "answer"], {"last": 3}),
+        *({"first": n} for n in (0, -1, 4097, True, 1.0, "1", None)),
+        *({"first": 1, "last": 1}, [{"first": 1}, {"first": 2}], [{"first": 1}, "generation"]),
+        *([{"first": 1}, "all"], ["answer", "thinking", "think_end", {"first": 9}]),
     ],
     ids=repr,
 )
@@ -328,6 +503,83 @@ def test_scopes_that_are_not_plain_are_refused(written: object) -> None:
 references = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}@[1-9][0-9]{0,3}", fullmatch=True)
 numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-10, 10)
 layer_sets = st.just("all") | st.sets(st.integers(0, 99), min_size=1).map(sorted)
+bounds = st.floats(-1e6, 1e6)
+names = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,8}", fullmatch=True)
+
+
+def keys(required: dict[str, Any], **optional: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(required, optional={"layers": layer_sets, **optional})
+
+
+along = {"direction": references}
+of_one_layer = {"vectorLayer": st.integers(0, 99)}
+kinds = {
+    "add": keys(
+        {**along, "strength": numbers},
+        unit=st.sampled_from(["absolute", "unit", "relative"]),
+        **of_one_layer,
+    ),
+    "ablate": keys(
+        along,
+        strength=numbers,
+        sites=st.sampled_from([["residual"], ["mlp", "residual"], ["mlp", "attention"]]),
+        **of_one_layer,
+    ),
+    "clamp": st.one_of(
+        keys({**along, "to": numbers}, **of_one_layer),
+        keys({**along, "atLeast": bounds}, unit=st.sampled_from(["absolute", "relative"])),
+        st.tuples(bounds, bounds)
+        .map(sorted)
+        .flatmap(lambda b: keys({**along, "atLeast": st.just(b[0]), "atMost": st.just(b[1])})),
+    ),
+    "rotate": st.sampled_from(["to", "by"]).flatmap(
+        lambda key: keys(
+            {"plane": st.lists(references, min_size=2, max_size=2), key: st.floats(-180, 180)}
+        )
+    ),
+    "scale_heads": st.one_of(
+        st.fixed_dictionaries({"heads": references, "factor": st.floats(-100, 100)}),
+        st.dictionaries(
+            st.tuples(st.integers(0, 99), st.integers(0, 99)), st.floats(-100, 100), min_size=1
+        ).map(
+            lambda heads: {
+                "heads": [list(head) for head in heads],
+                "factor": list(heads.values()),
+                "renormalise": "row",
+            }
+        ),
+    ),
+}
+scopes = st.sampled_from(
+    ["all", "prompt", ["generation"], ["think_end", "answer"], ["prompt_end", {"first": 16}]]
+)
+edits = st.sampled_from(list(kinds)).flatmap(
+    lambda kind: st.fixed_dictionaries({kind: kinds[kind]}, optional={"scope": scopes})
+)
+
+
+def gate(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.sampled_from(
+        [{"above": 0.5}, {"below": -1}, {"between": [0.25, 1]}, {"above": 0.5, "output": 1}]
+    ).flatmap(
+        lambda threshold: st.fixed_dictionaries(
+            {
+                "probe": references,
+                "at": st.sampled_from(["token", "prompt_end", "think_end"]),
+                "then": st.lists(st.sampled_from(names), min_size=1, unique=True),
+                **{key: st.just(value) for key, value in threshold.items()},
+            }
+        )
+    )
+
+
+def with_gates(document: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    if not document["edits"]:
+        return st.just(document)
+    gates = st.dictionaries(names, gate(sorted(document["edits"])), max_size=3)
+    return gates.map(lambda found: {**document, "gates": found})
+
+
 documents = st.fixed_dictionaries(
     {
         "apiVersion": st.just("trimtab/v1"),
@@ -335,22 +587,7 @@ documents = st.fixed_dictionaries(
         "name": st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True).filter(
             lambda name: name != "off"
         ),
-        "edits": st.dictionaries(
-            st.from_regex(r"[a-z0-9][a-z0-9_-]{0,8}", fullmatch=True),
-            st.fixed_dictionaries(
-                {
-                    "add": st.fixed_dictionaries(
-                        {"direction": references, "strength": numbers},
-                        optional={
-                            "layers": layer_sets,
-                            "unit": st.sampled_from(["absolute", "unit", "relative"]),
-                        },
-                    )
-                },
-                optional={"scope": st.sampled_from(["all", "prompt", ["generation"]])},
-            ),
-            max_size=4,
-        ),
+        "edits": st.dictionaries(names, edits, max_size=4),
     },
     optional={
         "version": st.integers(1, 2**31 - 1),
@@ -361,7 +598,7 @@ documents = st.fixed_dictionaries(
             list
         ),
     },
-)
+).flatmap(with_gates)
 
 
 def shuffled(value: Any, random: Any) -> Any:
@@ -374,11 +611,13 @@ def shuffled(value: Any, random: Any) -> Any:
 
 
 @given(documents, st.randoms())
+@settings(deadline=None)
 def test_identity_does_not_depend_on_the_order_of_keys(document: Any, random: Any) -> None:
     assert parse_policy(document).identity == parse_policy(shuffled(document, random)).identity
 
 
 @given(documents)
+@settings(deadline=None)
 def test_the_canonical_form_is_itself_the_policy(document: Any) -> None:
     policy = parse_policy(document)
 
@@ -389,6 +628,7 @@ def test_the_canonical_form_is_itself_the_policy(document: Any) -> None:
 
 
 @given(documents, documents)
+@settings(deadline=None)
 def test_different_policies_have_different_identities(one: Any, other: Any) -> None:
     first, second = parse_policy(one), parse_policy(other)
 
@@ -413,6 +653,9 @@ def test_the_identity_leaves_out_the_description_and_nothing_else() -> None:
         (("edits",), {}),
         (("edits", "more"), MINIMAL["edits"]["calm"]),
         (("edits", "calm", "scope"), "prompt"),
+        (("edits", "calm", "scope"), {"first": 3}),
+        (("gates",), {"g": {"probe": "p@1", "at": "token", "above": 0, "then": ["calm"]}}),
+        (("edits", "calm", "add", "vectorLayer"), 3),
         (("edits", "calm", "add", "layers"), 3),
         (("edits", "calm", "add", "unit"), "unit"),
         (("edits", "calm", "add", "strength"), -0.5),
@@ -433,6 +676,14 @@ def test_identities_do_not_change_between_releases() -> None:
     assert policy.identity == "2110811e97334ea2d66ccae34742eb4e33f26c5a723f9681abc9ce89171baac0"
 
 
+def test_keys_that_are_left_out_do_not_show_in_the_canonical_form() -> None:
+    spelt = with_add(vectorLayer=None)
+    spelt["gates"] = {}
+    spelt["edits"]["calm"]["ablate"] = None
+
+    assert parse_policy(spelt).canonical == parse_policy(MINIMAL).canonical
+
+
 def test_negative_zero_is_zero() -> None:
     zero, negative = with_add(strength=0.0), with_add(strength=-0.0)
 
@@ -444,7 +695,13 @@ def test_negative_zero_is_zero() -> None:
 
 
 def test_every_kind_of_edit_is_a_field_of_edit() -> None:
-    assert {"add": Add} == KINDS
+    assert {
+        "scale_heads": ScaleHeads,
+        "ablate": Ablate,
+        "clamp": Clamp,
+        "rotate": Rotate,
+        "add": Add,
+    } == KINDS
 
 
 def test_the_specification_has_a_closed_json_schema() -> None:
