@@ -6,18 +6,23 @@ reported, and never from what was asked for.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
-from steering.engine.exchange import Exchange
+from steering.engine.exchange import Exchange, GateReport
 
 Applied = Literal["enforce", "shadow", "off"]
 
 
-def steering_object(exchange: Exchange) -> dict[str, Any]:
+def steering_object(exchange: Exchange, choice: int | None = None) -> dict[str, Any]:
     """The object that every choice of an answer carries.
 
     ``strength`` is there when a policy was chosen, ``reason`` when an ``enforce`` policy was not
-    applied.
+    applied, ``gates`` when the policy has gates and was applied.
+
+    Args:
+        exchange: the HTTP request's.
+        choice: the index of the choice; ``None`` for an answer without choices.
     """
     applied, reason = exchange.applied()
     report: dict[str, Any] = {
@@ -29,6 +34,17 @@ def steering_object(exchange: Exchange) -> dict[str, Any]:
         report["strength"] = exchange.strength
     if not applied and exchange.mode == "enforce":
         report["reason"] = reason
+    gates = exchange.gates_of_choice(choice)
+    if applied and gates:
+        report["gates"] = {gate.name: _gate(gate) for gate in gates}
+    return report
+
+
+def _gate(gate: GateReport) -> dict[str, Any]:
+    score = gate.score if gate.score is not None and math.isfinite(gate.score) else None
+    report: dict[str, Any] = {"fired": gate.fired, "at": gate.at, "score": score}
+    if gate.tokens is not None:
+        report["tokens"] = gate.tokens
     return report
 
 

@@ -59,7 +59,7 @@ def decorate_json(body: bytes, exchange: Exchange, model: str | None) -> bytes:
     if isinstance(choices := document.get("choices"), list):
         for choice in choices:
             if isinstance(choice, dict):
-                choice["steering"] = steering_object(exchange)
+                choice["steering"] = steering_object(exchange, _index(choice))
                 known = True
     elif document.get("object") == "response" or document.get("type") == "message":
         document["steering"] = steering_object(exchange)
@@ -146,7 +146,7 @@ class EventStream:
             ended = [response]
             self.failed |= kind == "response.failed"
         for part in ended:
-            part["steering"] = steering_object(self._exchange)
+            part["steering"] = steering_object(self._exchange, _index(part))
         return renamed or bool(ended)
 
     def _rename(self, document: dict[str, Any]) -> bool:
@@ -167,6 +167,11 @@ class EventStream:
         self.refusal = refusal
         document["error"] = error_object(refusal)
         return True
+
+
+def _index(part: dict[str, Any]) -> int | None:
+    index = part.get("index")
+    return index if isinstance(index, int) else None
 
 
 def _edit_data(event: bytes, edit: Callable[[dict[str, Any]], bool]) -> bytes:

@@ -23,6 +23,7 @@ import contextvars
 import functools
 import hashlib
 import json
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -30,7 +31,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from directions.errors import TrimtabError
-from steering.engine.exchange import Acknowledgement, Exchange, current_exchange
+from steering.engine.exchange import Exchange, current_exchange
 from steering.engine.identity import operators_digest
 from steering.engine.ledger import SlotLedger
 from steering.engine.stamp import KEY, Stamp, read_stamp
@@ -79,12 +80,14 @@ class Frontend:
     Attributes:
         plans: the plans that every worker has confirmed, by id.
         requests: unfinished steered engine requests, by internal request id.
+        thinking: the markers that the workers' thinking tracker was made for, once one was sent.
     """
 
     def __init__(self, ledger: SlotLedger) -> None:
         self.ledger = ledger
         self.plans: dict[str, Plan] = {}
         self.requests: dict[str, tuple[Exchange | None, str]] = {}
+        self.thinking: tuple[str, str] | None = None
 
     def decide(self, params: Any, resumable: bool = False) -> Stamp | None:
         """What the request that is being admitted runs under.
@@ -141,15 +144,22 @@ class Frontend:
             if exchange is not None:
                 exchange.refusal = refusal
             raise SlotsExhaustedError(refusal)
-        return stamp
+        return replace(stamp, phased=plan.phased)
 
-    def enter(self, request_id: str, stamp: Stamp) -> None:
-        """Count an engine request that is about to be sent to the engine."""
+    def enter(self, request: Any, stamp: Stamp, index: int) -> None:
+        """Count an engine request that is about to be sent to the engine.
+
+        Args:
+            request: vLLM's ``EngineCoreRequest``.
+            stamp: what it runs under.
+            index: which of the ``n`` answers to its prompt it is.
+        """
         exchange = current_exchange.get()
+        request_id = request.request_id
         self.requests[request_id] = (exchange, stamp.plan)
         self.ledger.acquire(stamp.plan, len(self.plans[stamp.plan].rows))
         if exchange is not None:
-            exchange.acknowledgements[request_id] = None
+            exchange.begin(request_id, request.external_req_id or request_id, index)
 
     def leave(self, request_id: str) -> None:
         """Stop counting an engine request that ended, in whatever way."""
@@ -157,11 +167,9 @@ class Frontend:
         if entry is not None:
             self.ledger.release(entry[1])
 
-    def acknowledge(self, request_id: str, acknowledgement: Acknowledgement) -> Exchange | None:
-        """Take the worker's report on one engine request; returns the exchange it belongs to."""
+    def exchange_of(self, request_id: str) -> Exchange | None:
+        """The exchange that an unfinished engine request belongs to."""
         exchange, _ = self.requests.get(request_id, (None, ""))
-        if exchange is not None:
-            exchange.acknowledgements[request_id] = acknowledgement
         return exchange
 
 

@@ -11,7 +11,7 @@ parallel engines; an exception on any rank is raised here, the return value is t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from directions.errors import TrimtabError
@@ -21,6 +21,7 @@ from steering.engine.identity import NAME
 from steering.engine.ledger import SlotLedger
 from steering.engine.payload import PlanPayload, build_payload
 from steering.plan import Plan
+from steering.thinking import ThinkingTracker
 
 # A row set larger than this is sent in a call of its own, so that no single message grows with the
 # number of policies.
@@ -59,7 +60,7 @@ def _batches(payloads: Sequence[PlanPayload]) -> Iterable[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
     size = 0
     for payload in payloads:
-        weight = sum(row.vectors.nbytes for row in payload.rows)
+        weight = payload.num_bytes
         if batch and size + weight > _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -70,7 +71,13 @@ def _batches(payloads: Sequence[PlanPayload]) -> Iterable[list[dict[str, Any]]]:
 
 
 def _confirm(frontend: Frontend, payloads: Sequence[PlanPayload], ranks: Any) -> None:
-    hooked = {layer for rank in ranks for layer in rank["hooked_layers"]}
+    hooked: dict[str, set[int]] = {}
+    refused: dict[str, str] = {}
+    for rank in ranks:
+        refused.update(rank["refused"])
+        for site, layers in rank["hooked"].items():
+            hooked.setdefault(site, set()).update(layers)
+    last_stage = ranks[-1]["hooked"]
     for payload in payloads:
         missing = [n for n, rank in enumerate(ranks) if payload.id not in rank["plans"]]
         if missing:
@@ -86,13 +93,46 @@ def _confirm(frontend: Frontend, payloads: Sequence[PlanPayload], ranks: Any) ->
                 f"{frontend.ledger.capacity}",
                 field="--slots",
             )
-        unhooked = sorted({n for row in payload.rows for n in row.layers} - hooked)
-        if unhooked:
+        for site, layers in payload.sites.items():
+            missing = sorted(layers - hooked.get(site, set()))
+            if missing:
+                raise TrimtabError(
+                    "E_SITE_UNHOOKED",
+                    f"a policy acts on {site} at layers {missing}, which "
+                    + (
+                        f"this model does not have: {refused[site]}"
+                        if site in refused
+                        else "this server was started without"
+                    ),
+                    field="--steering-sites" if site in refused else "--steering-layers",
+                )
+        # A gate moves a token into another slot on its own rank; other stages would not know.
+        for gate in payload.gates:
+            if gate.layer not in last_stage.get("gates", ()):
+                raise TrimtabError(
+                    "E_GATE_PIPELINE",
+                    f"gate {gate.name} reads layer {gate.layer}, which runs on a pipeline stage other than "
+                    "the last; the last stage could not know what it decided",
+                    field="--pipeline-parallel-size",
+                    expected=f"a probe at layers {min(last_stage['gates'], default=0)} and above",
+                )
+        if payload.gates and _acts_before(payload, last_stage):
             raise TrimtabError(
-                "E_SITE_UNHOOKED",
-                f"a policy edits layers {unhooked}, which this server was started without",
-                field="--steering-layers",
+                "E_GATE_PIPELINE",
+                "a policy with gates edits layers of a pipeline stage other than the last, which could "
+                "not know what the gates decided",
+                field="--pipeline-parallel-size",
+                expected="edits within the last pipeline stage",
             )
+
+
+def _acts_before(payload: PlanPayload, last_stage: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a plan with gates edits outside of the last pipeline stage."""
+    return any(
+        layers - set(last_stage.get(site, ()))
+        for site, layers in payload.sites.items()
+        if site != "gates"
+    )
 
 
 def _refused(error: Exception) -> TrimtabError:
@@ -127,8 +167,10 @@ async def activate_payloads(
 ) -> Frontend:
     """:func:`activate` for plans that are multiplied out already."""
     frontend = _frontend(engine)
+    plans = list(plans)
     ranks = await rank_status(engine)
     try:
+        await _track(engine, frontend, plans)
         for batch in _batches(payloads):
             ranks = await engine.collective_rpc("trimtab_activate", args=(batch,))
     except Exception as error:
@@ -136,6 +178,49 @@ async def activate_payloads(
     _confirm(frontend, payloads, ranks)
     frontend.plans.update({plan.id: plan for plan in plans})
     return frontend
+
+
+async def _track(engine: Any, frontend: Frontend, plans: Iterable[Plan]) -> None:
+    """Give every rank the thinking tracker, if these plans are the first to need it."""
+    markers = {plan.thinking for plan in plans if plan.thinking is not None}
+    if frontend.thinking is not None:
+        markers.add(frontend.thinking)
+    if len(markers) > 1:
+        raise TrimtabError(
+            "E_THINKING_MARKERS",
+            f"the policies of one server share their thinking markers, these have {sorted(markers)}",
+            field="--think-start",
+        )
+    if not markers or frontend.thinking is not None:
+        return
+    (pair,) = markers
+    size = engine.vllm_config.model_config.get_vocab_size()
+    texts = _token_texts(engine.input_processor.tokenizer, size)
+    tracker = ThinkingTracker.build(texts, *pair)
+    await engine.collective_rpc(
+        "trimtab_track",
+        args=(
+            {
+                "states": len(tracker.phase_of_state),
+                "transitions": tracker.transitions.tobytes(),
+                "phases": tracker.phase_of_state.tobytes(),
+                "ended": tracker.ended.astype("u1").tobytes(),
+                "start": int(tracker.start_state),
+            },
+        ),
+    )
+    frontend.thinking = pair
+
+
+def _token_texts(tokenizer: Any, size: int) -> list[str]:
+    """What each token decodes to by itself; ids that the tokenizer does not have, to nothing."""
+    known = min(len(tokenizer), size)
+    texts = tokenizer.batch_decode(
+        [[n] for n in range(known)],
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
+    return [*texts, *[""] * (size - known)]
 
 
 async def activate(engine: Any, plans: Iterable[Plan], store: Store | None = None) -> Frontend:

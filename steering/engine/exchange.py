@@ -36,6 +36,26 @@ class Acknowledgement:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class GateReport:
+    """What one gate of one engine request has come to so far.
+
+    Attributes:
+        name: as the policy calls it.
+        fired: whether it has opened.
+        at: absolute position of the token that decided (of the first that it opened for, where every
+            token decides for itself); ``None`` before.
+        score: the probe's score there.
+        tokens: for how many tokens a gate per token has opened; ``None`` for the others.
+    """
+
+    name: str
+    fired: bool
+    at: int | None = None
+    score: float | None = None
+    tokens: int | None = None
+
+
 @dataclass
 class Exchange:
     """One HTTP request's steering, from selection to the report in its answer.
@@ -61,8 +81,37 @@ class Exchange:
     strength: float
     plan: Plan | None
     acknowledgements: dict[str, Acknowledgement | None] = field(default_factory=dict)
+    gates: dict[str, tuple[GateReport, ...]] = field(default_factory=dict)
     declined: str | None = None
     refusal: TrimtabError | None = None
+    _choices: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def begin(self, request_id: str, prompt_id: str, index: int) -> None:
+        """Note an engine request: answer ``index`` to the prompt that vLLM calls ``prompt_id``."""
+        self.acknowledgements[request_id] = None
+        self._choices[request_id] = (prompt_id, index)
+        if self.plan is not None:
+            self.gates[request_id] = tuple(
+                GateReport(gate.name, fired=False) for gate in self.plan.gates
+            )
+
+    def gates_of_choice(self, choice: int | None) -> tuple[GateReport, ...]:
+        """The gates of the answer's choice with this index; of the last part of an answer without.
+
+        vLLM numbers the prompts of one HTTP request by a suffix of their ids, and choices by prompt and
+        then by answer.
+        """
+
+        def order(request_id: str) -> tuple[int, str, int]:
+            prompt_id, index = self._choices[request_id]
+            suffix = prompt_id.rpartition("-")[2]
+            return (int(suffix) if suffix.isdecimal() else 0, prompt_id, index)
+
+        requests = list(self._choices)
+        if choice is not None:
+            requests.sort(key=order)
+        at = -1 if choice is None else choice
+        return self.gates.get(requests[at], ()) if -1 <= at < len(requests) > 0 else ()
 
     @property
     def acknowledged(self) -> bool:

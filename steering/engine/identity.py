@@ -47,7 +47,8 @@ def compile_factors(settings: EngineSettings) -> dict[str, Any]:
     """What the compile cache's key must tell apart."""
     return {
         "operators": operators_digest(),
-        "sites": {"residual": "all" if settings.layers is None else list(settings.layers)},
+        "layers": "all" if settings.layers is None else list(settings.layers),
+        "sites": sorted(settings.sites),
         "slots": settings.slots,
     }
 

@@ -28,11 +28,13 @@ def register() -> None:
     from vllm.config.scheduler import SchedulerConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from steering.engine.admission import wrap_beam_search, wrap_process_inputs
+    from steering.engine.blocks import wrap_block_keys
     from steering.engine.identity import wrap_create_engine_config
     from steering.engine.relay import wrap_get_scheduler_cls, wrap_output_processor
     from steering.engine.worker import RPC_METHODS, wrap_init_device
@@ -42,6 +44,7 @@ def register() -> None:
     wrap_beam_search(BeamSearchOnlineMixin)
     wrap_output_processor(OutputProcessor)
     wrap_get_scheduler_cls(SchedulerConfig)
+    wrap_block_keys(kv_cache_utils)
     wrap_init_device(WorkerWrapperBase)
     for method in RPC_METHODS:
         setattr(WorkerWrapperBase, method.__name__, method)

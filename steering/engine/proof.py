@@ -25,8 +25,8 @@ import numpy as np
 from directions.errors import TrimtabError
 from steering.engine.control import activate_payloads, deactivate, rank_status
 from steering.engine.exchange import Exchange, current_exchange
-from steering.engine.payload import PlanPayload, RowPayload
-from steering.plan import Plan, Term
+from steering.engine.payload import PlanPayload, RowPayload, uniform_payload
+from steering.plan import Plan, Row, Term
 
 _PROMPTS = (tuple(range(1, 9)), tuple(range(19, 10, -1)))
 _EDIT = 1.0
@@ -72,7 +72,7 @@ async def prove(engine: Any) -> Proof:
             ``E_PLUGIN_ABSENT``, with a sentence that names the likely cause.
     """
     ranks = await rank_status(engine)
-    hooked = sorted({layer for rank in ranks for layer in rank["hooked_layers"]})
+    hooked = sorted({layer for rank in ranks for layer in rank["hooked"]["add"]})
     hidden_size, num_layers = ranks[0]["hidden_size"], ranks[0]["num_layers"]
 
     vector = np.random.default_rng(0).standard_normal(hidden_size).astype(np.float32)
@@ -147,12 +147,12 @@ def _judge(proof: Proof, effects: dict[int, float], leak: float) -> None:
 def _payload(
     plan_id: str, layer: int, vector: np.ndarray[Any, np.dtype[np.float32]]
 ) -> PlanPayload:
-    return PlanPayload(plan_id, (RowPayload((layer,), vector[None, :]),), (0, 0))
+    return uniform_payload(plan_id, RowPayload((layer,), vector[None, :]))
 
 
 def _plan(payload: PlanPayload) -> Plan:
-    term = Term(payload.id, tuple((layer, 1.0) for layer in payload.rows[0].layers))
-    return Plan(payload.id, ((term,),), payload.phase_rows)
+    layers = tuple((layer, 1.0) for layer in payload.rows[0].layers)
+    return Plan(payload.id, (Row(add=(Term(payload.id, layers),)),), payload.cases)
 
 
 class _Asker:

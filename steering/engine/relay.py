@@ -28,8 +28,8 @@ import logging
 from typing import Any
 
 from steering.engine.admission import frontend_of, plan_not_placed
-from steering.engine.exchange import Acknowledgement
-from steering.engine.runner_v1 import REPORTS
+from steering.engine.exchange import Acknowledgement, Exchange, GateReport
+from steering.engine.runner import REPORTS
 from steering.engine.stamp import KEY, read_stamp
 
 # A child of vLLM's logger, so that it shows where vLLM's own lines do.
@@ -60,27 +60,28 @@ def _reporting(base: Any) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._trimtab_reports: dict[str, tuple[bool, str | None]] = {}
+            self._trimtab_reports: dict[str, dict[str, Any]] = {}
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
             outputs = super().update_from_output(scheduler_output, model_runner_output)
-            self._trimtab_reports.update(getattr(model_runner_output, REPORTS, None) or {})
+            for request_id, report in (getattr(model_runner_output, REPORTS, None) or {}).items():
+                self._trimtab_reports.setdefault(request_id, {}).update(report)
             if self._trimtab_reports:
                 self._attach_reports(outputs)
             return outputs
 
         def _attach_reports(self, outputs: dict[int, Any]) -> None:
             reports = self._trimtab_reports
-            for request_id, (applied, reason) in list(reports.items()):
-                if not applied and request_id in self.requests:
-                    self._fail(self.requests[request_id], reason, outputs)
+            for request_id, report in list(reports.items()):
+                if not report.get("applied", True) and request_id in self.requests:
+                    self._fail(self.requests[request_id], report["reason"], outputs)
             for group in outputs.values():
                 for output in group.outputs:
-                    report = reports.pop(output.request_id, None)
-                    if report is not None:
+                    report = reports.pop(output.request_id, {})
+                    if report:
                         output.kv_transfer_params = {
                             **(output.kv_transfer_params or {}),
-                            CARRIER: list(report),
+                            CARRIER: report,
                         }
             # What is left waits for its request's first output; a request that is gone has none.
             for request_id in [r for r in reports if r not in self.requests]:
@@ -90,7 +91,8 @@ def _reporting(base: Any) -> Any:
             plan = _plan_of(unplaced)
             for request in [r for r in self.requests.values() if _plan_of(r) == plan]:
                 logger.error("plan of request %s was not placed: %s", request.request_id, reason)
-                self._trimtab_reports[request.request_id] = (False, reason)
+                failure = {"applied": False, "reason": reason}
+                self._trimtab_reports.setdefault(request.request_id, {}).update(failure)
                 blocks = self.kv_cache_manager.get_block_ids(request.request_id)
                 self.kv_cache_manager.evict_blocks({n for group in blocks for n in group})
                 self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
@@ -114,6 +116,13 @@ def _plan_of(request: Any) -> str | None:
     return stamp.get("plan") if isinstance(stamp, dict) else None
 
 
+def _take_report(exchange: Exchange, request_id: str, report: dict[str, Any]) -> None:
+    if "applied" in report:
+        exchange.acknowledgements[request_id] = Acknowledgement(report["applied"], report["reason"])
+    if "gates" in report:
+        exchange.gates[request_id] = tuple(GateReport(*gate) for gate in report["gates"])
+
+
 def wrap_output_processor(output_processor_class: Any) -> None:
     """Count steered requests and hand each report to the exchange that it belongs to."""
     add_request = output_processor_class.add_request
@@ -122,14 +131,22 @@ def wrap_output_processor(output_processor_class: Any) -> None:
     finish_request = output_processor_class._finish_request
 
     @functools.wraps(add_request)
-    def counted_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-        add_request(self, request, *args, **kwargs)
+    def counted_add_request(
+        self: Any,
+        request: Any,
+        prompt: Any,
+        parent_req: Any = None,
+        request_index: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        add_request(self, request, prompt, parent_req, request_index, *args, **kwargs)
         frontend = frontend_of(self)
         params = request.sampling_params
         if frontend is not None and params is not None:
             stamp = read_stamp(params.extra_args)
             if stamp is not None:
-                frontend.enter(request.request_id, stamp)
+                frontend.enter(request, stamp, request_index)
 
     @functools.wraps(process_outputs)
     def reporting_process_outputs(
@@ -141,14 +158,14 @@ def wrap_output_processor(output_processor_class: Any) -> None:
             carried = output.kv_transfer_params
             if not carried or CARRIER not in carried:
                 continue
-            applied, reason = carried.pop(CARRIER)
+            report = carried.pop(CARRIER)
             output.kv_transfer_params = carried or None
-            exchange = None
-            if frontend is not None:
-                exchange = frontend.acknowledge(output.request_id, Acknowledgement(applied, reason))
+            exchange = None if frontend is None else frontend.exchange_of(output.request_id)
+            if exchange is not None:
+                _take_report(exchange, output.request_id, report)
             state = self.request_states.get(output.request_id)
-            if not applied and state is not None:
-                failed.append((state, plan_not_placed(exchange, reason)))
+            if not report.get("applied", True) and state is not None:
+                failed.append((state, plan_not_placed(exchange, report["reason"])))
         processed = process_outputs(self, engine_core_outputs, *args, **kwargs)
         for state, error in failed:
             if state.parent_req is not None:

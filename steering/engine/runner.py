@@ -10,11 +10,16 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from steering.engine.request_rows import NoFreeRowError, Placement, Snapshot
 from steering.engine.stamp import Stamp, read_stamp
-from steering.engine.tables import NoFreeSlotError, Placement, SteeringTables
+from steering.engine.step import Batch, Step
+from steering.engine.tables import NoFreeSlotError
 
 # A child of vLLM's logger, so that it shows where vLLM's own lines do.
 logger = logging.getLogger("vllm.trimtab")
+
+REPORTS = "trimtab_reports"
+"""Attribute of a ``ModelRunnerOutput`` that carries :meth:`Reports.resolve`."""
 
 
 class RunnerAdapter(Protocol):
@@ -25,17 +30,44 @@ class RunnerAdapter(Protocol):
     the stream that runs the model:
 
     * when a request enters the batch or leaves it for good, call :meth:`WorkerRequests.enter` or
-      :meth:`WorkerRequests.leave`; a preempted request that keeps its state does neither;
-    * before each forward pass, after the batch is final, call :meth:`SteeringTables.fill` with the
-      batch in its order; nothing may be read back from the device to do so;
-    * with each step's output, send what :meth:`WorkerRequests.take_reports` returns.
+      :meth:`WorkerRequests.leave`; a preempted request may enter again, and does not leave;
+    * before each forward pass, after the batch is final, call :meth:`WorkerRequests.prepare` with the
+      batch in its order, or :meth:`Step.clear` for a pass without requests; nothing may be read back
+      from the device to do so;
+    * with each step's output, send what :meth:`WorkerRequests.take_reports` returns, through
+      :func:`attach_reports`.
 
     An adapter never raises for one request's sake and never changes what the runner itself computes.
     """
 
-    def attach(self, runner: Any, tables: SteeringTables, requests: WorkerRequests) -> None:
+    def attach(self, runner: Any, requests: WorkerRequests) -> None:
         """Start steering what ``runner`` runs."""
         ...
+
+
+@dataclass
+class Reports:
+    """What a step has to tell about its requests.
+
+    Attributes:
+        placed: whether each request that entered has its plan, and if not, why.
+        gates: of the requests in the step.
+    """
+
+    placed: dict[str, tuple[bool, str | None]]
+    gates: Snapshot | None
+
+    def resolve(self) -> dict[str, dict[str, Any]]:
+        """By request, msgpack-native; waits for the device where gates are asked about."""
+        reports: dict[str, dict[str, Any]] = {
+            request_id: {"applied": applied, "reason": reason}
+            for request_id, (applied, reason) in self.placed.items()
+        }
+        if self.gates is not None:
+            for request_id, decisions in self.gates.decisions().items():
+                wire = [decision.to_wire() for decision in decisions]
+                reports.setdefault(request_id, {})["gates"] = wire
+        return reports
 
 
 @dataclass
@@ -43,47 +75,102 @@ class WorkerRequests:
     """The steered requests that a worker has in hand.
 
     Attributes:
-        tables: where their plans are placed.
+        step: the buffers of the next forward pass.
         heard: whether this rank's reports reach the scheduler. A fault on a rank that nobody hears
             ends the engine: an error for everyone, where silence would be an unsteered answer.
         placements: by engine request id.
     """
 
-    tables: SteeringTables
+    step: Step
     heard: bool = True
     placements: dict[str, Placement] = field(default_factory=dict)
-    _reports: dict[str, tuple[bool, str | None]] = field(default_factory=dict)
+    _stamps: dict[str, Stamp] = field(default_factory=dict)
+    _placed: dict[str, tuple[bool, str | None]] = field(default_factory=dict)
+    _in_step: list[tuple[str, Placement]] = field(default_factory=list)
 
     def enter(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
         """Place a new request's plan, if it has one, and note the outcome.
 
+        A request that is back after a preemption keeps its placement and what its gates decided.
         Raises nothing on a rank that is heard.
         """
-        stamp: Stamp | None = None
         try:
             stamp = read_stamp(extra_args)
-            if stamp is None:
+            if stamp is None or self._stamps.get(request_id) == stamp:
                 return
             self.leave(request_id)
-            self.placements[request_id] = self.tables.place(stamp.plan, stamp.strength)
-            self._reports[request_id] = (True, None)
+            self._place(request_id, stamp)
+            self._placed[request_id] = (True, None)
         except KeyError:
-            self._reports[request_id] = (False, "plan_unknown")
-        except NoFreeSlotError:
-            self._reports[request_id] = (False, "slots_exhausted")
+            self._placed[request_id] = (False, "plan_unknown")
+        except (NoFreeSlotError, NoFreeRowError):
+            self._placed[request_id] = (False, "slots_exhausted")
         except Exception:
             if not self.heard:
                 raise
             logger.exception("placing the plan of request %s failed", request_id)
-            self._reports[request_id] = (False, "internal")
+            self._placed[request_id] = (False, "internal")
+
+    def _place(self, request_id: str, stamp: Stamp) -> None:
+        tables = self.step.tables
+        resident = tables.place(stamp.plan)
+        try:
+            placement = self.step.requests.take(stamp.plan, resident, stamp.strength)
+        except BaseException:
+            tables.release(stamp.plan)
+            raise
+        self.placements[request_id] = placement
+        self._stamps[request_id] = stamp
 
     def leave(self, request_id: str) -> None:
         """Release a request's plan, if it has one."""
         placement = self.placements.pop(request_id, None)
         if placement is not None:
-            self.tables.release(placement)
+            del self._stamps[request_id]
+            self.step.requests.give_back(placement)
+            self.step.tables.release(placement.plan)
 
-    def take_reports(self) -> dict[str, tuple[bool, str | None]]:
-        """What became of the plans of the requests that entered since the last call."""
-        reports, self._reports = self._reports, {}
-        return reports
+    def prepare(self, batch: Batch) -> None:
+        """Describe the next forward pass."""
+        if not self.placements:
+            self._in_step = []
+            self.step.clear()
+            return
+        found = [self.placements.get(request_id) for request_id in batch.request_ids]
+        self._in_step = [
+            (request_id, placement)
+            for request_id, placement in zip(batch.request_ids, found, strict=True)
+            if placement is not None and placement.resident.plan.gates
+        ]
+        self.step.fill(found, batch)
+
+    def take_reports(self) -> Reports | None:
+        """What is to be told with the step that has just been queued; ``None`` for nothing."""
+        placed, self._placed = self._placed, {}
+        in_step, self._in_step = self._in_step, []
+        gates = self.step.requests.snapshot(in_step) if in_step else None
+        return Reports(placed, gates) if placed or gates is not None else None
+
+
+def attach_reports(output: Any, reports: Reports | None) -> Any:
+    """Send reports with a model runner's output, now or once it is there."""
+    from vllm.v1.outputs import (
+        EMPTY_MODEL_RUNNER_OUTPUT,
+        AsyncModelRunnerOutput,
+        ModelRunnerOutput,
+    )
+
+    if reports is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
+        return output  # the empty output is shared by everyone, and read by nobody
+    if isinstance(output, ModelRunnerOutput):
+        setattr(output, REPORTS, reports.resolve())
+    elif isinstance(output, AsyncModelRunnerOutput):
+        original = output.get_output
+
+        def get_output() -> Any:
+            inner = original()
+            setattr(inner, REPORTS, reports.resolve())
+            return inner
+
+        output.get_output = get_output
+    return output

@@ -4,28 +4,28 @@ Extension points, checked against vLLM 0.32 and 0.33 (``v1/worker/gpu_model_runn
 
 * ``GPUModelRunner._update_states(scheduler_output)``: requests enter and leave. A preempted request
   keeps its entry in ``runner.requests`` and its placement with it.
-* ``GPUModelRunner._prepare_inputs(scheduler_output, num_scheduled_tokens)``: the batch is final when
-  the original returns, and the host buffers that were copied to the device are guarded by the same
-  ``synchronize_input_prep`` as the runner's own, so the next step does not overwrite them in flight.
+* ``GPUModelRunner._prepare_inputs(scheduler_output, num_scheduled_tokens)``: the batch and the input ids
+  on the device are final when the original returns.
 * ``GPUModelRunner.sample_tokens(grammar_output)``: returns the step's output, or with asynchronous
   scheduling an object that yields it later.
+* ``InputBatch``: ``num_reqs``, ``req_ids``, ``num_computed_tokens_cpu``, ``num_prompt_tokens``,
+  ``token_ids_cpu``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from steering.engine.runner import WorkerRequests
-from steering.engine.tables import SteeringTables
+import numpy as np
 
-REPORTS = "trimtab_reports"
-"""Attribute of a ``ModelRunnerOutput`` that carries :meth:`WorkerRequests.take_reports`."""
+from steering.engine.runner import WorkerRequests, attach_reports
+from steering.engine.step import Batch
 
 
 class RunnerV1Adapter:
     """Makes a ``GPUModelRunner`` or ``CPUModelRunner`` steer, by subclassing the instance's class."""
 
-    def attach(self, runner: Any, tables: SteeringTables, requests: WorkerRequests) -> None:
+    def attach(self, runner: Any, requests: WorkerRequests) -> None:
         """See :class:`steering.engine.runner.RunnerAdapter`."""
         base = type(runner)
 
@@ -40,47 +40,28 @@ class RunnerV1Adapter:
 
             def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
                 prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-                if not requests.placements:
-                    tables.clear()
-                    return prepared
                 batch = self.input_batch
                 count = batch.num_reqs
-                tables.fill(
-                    [requests.placements.get(request_id) for request_id in batch.req_ids[:count]],
-                    batch.num_computed_tokens_cpu[:count],
-                    num_scheduled_tokens,
-                    batch.num_prompt_tokens[:count],
+
+                def tokens(index: int, start: int, stop: int) -> np.ndarray[Any, Any]:
+                    found: np.ndarray[Any, Any] = batch.token_ids_cpu[index, start:stop]
+                    return found
+
+                requests.prepare(
+                    Batch(
+                        batch.req_ids[:count],
+                        batch.num_computed_tokens_cpu[:count],
+                        num_scheduled_tokens,
+                        batch.num_prompt_tokens[:count],
+                        tokens,
+                        self.input_ids.gpu,
+                    )
                 )
                 return prepared
 
             def sample_tokens(self, grammar_output: Any) -> Any:
                 output = super().sample_tokens(grammar_output)
-                reports = requests.take_reports()
-                if reports:
-                    _attach(output, reports)
-                return output
+                return attach_reports(output, requests.take_reports())
 
         Steered.__name__ = Steered.__qualname__ = f"Steered{base.__name__}"
         runner.__class__ = Steered
-
-
-def _attach(output: Any, reports: dict[str, tuple[bool, str | None]]) -> None:
-    from vllm.v1.outputs import (
-        EMPTY_MODEL_RUNNER_OUTPUT,
-        AsyncModelRunnerOutput,
-        ModelRunnerOutput,
-    )
-
-    if output is EMPTY_MODEL_RUNNER_OUTPUT:
-        return  # shared by everyone, and read by nobody
-    if isinstance(output, ModelRunnerOutput):
-        setattr(output, REPORTS, reports)
-    elif isinstance(output, AsyncModelRunnerOutput):
-        original = output.get_output
-
-        def get_output() -> Any:
-            inner = original()
-            setattr(inner, REPORTS, reports)
-            return inner
-
-        output.get_output = get_output

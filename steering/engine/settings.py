@@ -15,6 +15,12 @@ from directions.errors import TrimtabError
 ENABLE = "TRIMTAB_ENGINE"
 SLOTS = "TRIMTAB_SLOTS"
 LAYERS = "TRIMTAB_LAYERS"
+SITES = "TRIMTAB_SITES"
+PROJECTIONS = "TRIMTAB_PROJECTIONS"
+
+SITE_NAMES = ("add", "heads", "residual", "attention", "mlp", "gates")
+"""What can be hooked: additions to the stream (always are), attention heads, projections at three sites,
+and gates."""
 
 DEFAULT_SLOTS = 32
 
@@ -31,10 +37,14 @@ class EngineSettings:
     Attributes:
         slots: rows of the tables, the identity included; a plan takes one or two.
         layers: decoder layers to hook; ``None`` hooks all.
+        sites: which of :data:`SITE_NAMES` are hooked at those layers.
+        projections: vectors that a policy may project on at one site of one layer.
     """
 
     slots: int = DEFAULT_SLOTS
     layers: tuple[int, ...] | None = None
+    sites: tuple[str, ...] = SITE_NAMES
+    projections: int = 4
 
     def __post_init__(self) -> None:
         if not 2 <= self.slots <= 4096:
@@ -44,6 +54,21 @@ class EngineSettings:
                 field="--slots",
                 expected="2 to 4096",
             )
+        unknown = [site for site in self.sites if site not in SITE_NAMES]
+        if unknown:
+            raise TrimtabError(
+                "E_SITES",
+                f"{unknown[0]!r} is not a site",
+                field="--steering-sites",
+                expected=", ".join(SITE_NAMES),
+            )
+        if not 1 <= self.projections <= 64:
+            raise TrimtabError(
+                "E_PROJECTIONS",
+                f"{self.projections} projections at one site of one layer",
+                field="--projections",
+                expected="1 to 64",
+            )
 
     @property
     def rows(self) -> int:
@@ -52,7 +77,12 @@ class EngineSettings:
 
     def to_environment(self) -> dict[str, str]:
         """The variables that make child processes run with these settings."""
-        environment = {ENABLE: "1", SLOTS: str(self.slots)}
+        environment = {
+            ENABLE: "1",
+            SLOTS: str(self.slots),
+            SITES: ",".join(self.sites),
+            PROJECTIONS: str(self.projections),
+        }
         if self.layers is not None:
             environment[LAYERS] = ",".join(map(str, self.layers))
         return environment
@@ -62,23 +92,29 @@ class EngineSettings:
         """Read back what :meth:`to_environment` wrote.
 
         Raises:
-            TrimtabError: ``E_SLOTS`` or ``E_LAYERS`` for values that are not whole numbers.
+            TrimtabError: ``E_SLOTS``, ``E_PROJECTIONS``, ``E_SITES`` or ``E_LAYERS`` for values that
+                cannot be read.
         """
-        slots_text = os.environ.get(SLOTS, str(DEFAULT_SLOTS))
+        slots = _whole(SLOTS, "E_SLOTS", DEFAULT_SLOTS)
+        projections = _whole(PROJECTIONS, "E_PROJECTIONS", 4)
+        sites_text = os.environ.get(SITES)
+        sites = SITE_NAMES if sites_text is None else tuple(filter(None, sites_text.split(",")))
         layers_text = os.environ.get(LAYERS, "")
-        try:
-            slots = int(slots_text)
-        except ValueError:
-            raise TrimtabError(
-                "E_SLOTS", f"{slots_text!r} is not a whole number", field=SLOTS
-            ) from None
         try:
             layers = tuple(sorted({int(n) for n in layers_text.split(",") if n.strip()}))
         except ValueError:
             raise TrimtabError(
                 "E_LAYERS", f"{layers_text!r} is not a list of layers", field=LAYERS
             ) from None
-        return cls(slots=slots, layers=layers or None)
+        return cls(slots=slots, layers=layers or None, sites=sites, projections=projections)
+
+
+def _whole(variable: str, code: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise TrimtabError(code, f"{text!r} is not a whole number", field=variable) from None
 
 
 def enabled() -> bool:

@@ -1,124 +1,240 @@
-"""Where the operators go: finding a model's decoder layers and hooking the residual stream after each.
+"""Where the operators go: hooks on a loaded model.
 
-vLLM has over a hundred model files; what they share is one list of decoder layers, each with attention
-inside. The longest such list is taken, checked against the model's configuration, and anything that does
-not fit is refused: a server that hooks the wrong list would answer as if nothing were wrong.
+Per decoder layer there are four sites: the attention output before its projection (heads), the outputs of
+the attention and of the MLP block, and the residual stream after the layer; behind the layers there is the
+final norm. A layer returns either ``(hidden_states, residual)``, whose sum is the stream and whose second part is
+edited, or the stream itself. vLLM's own models carry ``[T, hidden_size]``, its Transformers backend
+``[1, T, hidden_size]``.
 
-Checked against vLLM 0.32 (``model_executor/models/utils.py`` ``make_layers``, ``PPMissingLayer``;
-``model_executor/layers/attention_layer_base.py``). A decoder layer returns either ``(hidden_states,
-residual)``, whose sum is the stream and whose second part is edited, or the stream itself. vLLM's own
-models carry ``[T, hidden_size]``, its Transformers backend ``[1, T, hidden_size]``.
+On the stream after a layer, gates read first, then projections act, then additions. Additions are plain torch
+in traced code; everything else is behind the operators of :mod:`steering.ops.site`. Code that runs eagerly on
+a CPU asks the step what there is to do and mostly returns at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from directions.errors import TrimtabError
-from steering.engine.tables import SteeringTables
+from steering.engine.gates import decide_on_host
+from steering.engine.step import Step
+from steering.engine.tables import KINDS
+from steering.ops.project import project_on_host
 from steering.ops.residual_add import residual_add, residual_add_, residual_add_on_host
+from steering.ops.scale_heads import scale_heads_on_host
+from steering.ops.site import heads_, register_site, stream_
+
+ADD, HEADS, RESIDUAL, ATTENTION, MLP = range(len(KINDS))
 
 
-def find_decoder_layers(model: nn.Module, num_layers: int) -> list[tuple[int, nn.Module]]:
-    """The decoder layers that this process runs, each with its 0-based number in the whole model.
+@dataclass
+class LayerSite:
+    """One site of one layer; see :class:`steering.ops.site.Site`.
 
-    Args:
-        model: the loaded model of this rank.
-        num_layers: what the configuration says.
-
-    Raises:
-        TrimtabError: ``E_SITE_LAYERS`` when no list fits the configuration.
+    Attributes:
+        layer: its number in the whole model; the number of layers for the final norm.
+        table: which of :data:`steering.engine.tables.KINDS` acts here.
+        num_heads: query heads of this rank, where ``table`` is ``HEADS``.
+        gates: whether gates read here.
     """
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.model_executor.models.utils import PPMissingLayer
 
-    best: nn.ModuleList | None = None
-    best_count = 0
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList):
-            continue
-        count = sum(
-            isinstance(layer, PPMissingLayer)
-            or any(isinstance(m, AttentionLayerBase) for m in layer.modules())
-            for layer in module
-        )
-        if count > best_count:
-            best, best_count = module, count
-    if best is None or len(best) != num_layers or best_count != num_layers:
-        found = "none" if best is None else f"{best_count} of {len(best)} with attention"
-        raise TrimtabError(
-            "E_SITE_LAYERS",
-            f"the decoder layers of {type(model).__name__} could not be told: the configuration says "
-            f"{num_layers}, the longest list of layers with attention has {found}",
-            field="model",
-            expected=f"one list of {num_layers} layers with attention",
-        )
-    return [(n, layer) for n, layer in enumerate(best) if not isinstance(layer, PPMissingLayer)]
+    step: Step
+    layer: int
+    table: int | None
+    gates: bool = False
+    num_heads: int = 0
+
+    def stream(self, x: torch.Tensor, rest: torch.Tensor | None) -> None:
+        step, layer = self.step, self.layer
+        if not step.on_host:
+            self._launch(x, rest)
+            return
+        if self.gates and layer in step.due:
+            decide_on_host(step, layer, x, rest)
+        if self.table is not None and step.edited[self.table, layer]:
+            tables, site = step.tables, KINDS[self.table]
+            project_on_host(
+                x,
+                rest,
+                tables.basis[site][layer],
+                tables.parameters[site][layer],
+                tables.used[site][layer],
+                step.slots,
+                step.strengths,
+                step.uniform,
+            )
+
+    def _launch(self, x: torch.Tensor, rest: torch.Tensor | None) -> None:
+        from steering.ops import gate_triton, project_triton
+
+        step, tables, layer = self.step, self.step.tables, self.layer
+        if self.gates:
+            gate_triton.launch(x, rest, layer, step, tables, step.requests)
+        if self.table is not None:
+            site = KINDS[self.table]
+            project_triton.launch(
+                x,
+                rest,
+                tables.basis[site][layer],
+                tables.parameters[site][layer],
+                tables.used[site][layer],
+                step.slots,
+                step.strengths,
+                step.counts[self.table, layer : layer + 1],
+            )
+
+    def heads(self, out: torch.Tensor) -> None:
+        step, tables, layer = self.step, self.step.tables, self.layer
+        if not step.on_host:
+            from steering.ops import scale_heads_triton
+
+            scale_heads_triton.launch(
+                out,
+                tables.heads[layer],
+                tables.renormalise[layer],
+                step.slots,
+                step.strengths,
+                step.counts[HEADS, layer : layer + 1],
+                self.num_heads,
+            )
+        elif step.edited[HEADS, layer]:
+            scale_heads_on_host(
+                out,
+                tables.heads[layer],
+                tables.renormalise[layer],
+                tables.live_slots[HEADS, layer],
+                step.slots,
+                step.strengths,
+                self.num_heads,
+                step.uniform,
+            )
 
 
-def residual_stream(output: Any) -> torch.Tensor:
-    """The tensor of a decoder layer's output whose change changes the stream.
+def residual_stream(output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tensor of a decoder layer's output whose change changes the stream, and what is added to it.
 
     Raises:
         TypeError: a form that is not known; raised by the first forward pass, before the server is
             ready, since a layer's form does not depend on the batch.
     """
     if isinstance(output, torch.Tensor):
-        return output
+        return output, None
     if isinstance(output, tuple) and len(output) == 1 and isinstance(output[0], torch.Tensor):
-        return output[0]
+        return output[0], None
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], torch.Tensor):
-        return output[1]
+        return output[1], output[0]
     raise TypeError(f"E_SITE_FORM: cannot steer a decoder layer that returns {type(output)}")
 
 
-def _hook(number: int, tables: SteeringTables) -> Callable[[Any, Any, Any], Any]:
+def _hook_residual(
+    number: int, step: Step, site: LayerSite | None
+) -> Callable[[Any, Any, Any], Any]:
     """The forward hook of one layer.
 
     Traced code takes its tensors from the layer's buffers. Code that runs eagerly on the host also
     looks at what the step's description already says, which a captured graph could not.
     """
-    on_host = tables.slots.device.type == "cpu"
-    table = tables.table[number]
-    slots, strengths = tables.slots, tables.strengths
-    count = tables.counts[number : number + 1]
-    edited = tables.edited
+    table = step.tables.add[number]
+    count = step.counts[ADD, number : number + 1]
+    edited = step.edited
 
     def edit(module: Any, args: Any, output: Any) -> Any:
+        x, rest = residual_stream(output)
         if torch.compiler.is_compiling():
-            stream = residual_add(
-                residual_stream(output),
-                module.trimtab_table,
-                module.trimtab_slots,
-                module.trimtab_strengths,
+            if site is not None:
+                stream_(x, rest, module.trimtab_slots, module.trimtab_site)
+            x = residual_add(
+                x, module.trimtab_table, module.trimtab_slots, module.trimtab_strengths
             )
-            return (*output[:-1], stream) if isinstance(output, tuple) else stream
-        stream = residual_stream(output)
-        if not on_host:
-            residual_add_(stream, table, slots, strengths, count)
-        elif steered_here := edited[number]:
-            residual_add_on_host(stream, table, slots, strengths, int(steered_here), tables.uniform)
+            return (*output[:-1], x) if isinstance(output, tuple) else x
+        if site is not None:
+            site.stream(x, rest)
+        if not step.on_host:
+            residual_add_(x, table, step.slots, step.strengths, count)
+        elif steered_here := edited[ADD, number]:
+            residual_add_on_host(
+                x, table, step.slots, step.strengths, int(steered_here), step.uniform
+            )
         return None
 
     return edit
 
 
-def hook_residual(layers: list[tuple[int, nn.Module]], tables: SteeringTables) -> None:
-    """Put the residual operator behind each layer.
+def hook_residual(
+    layer: nn.Module, number: int, step: Step, gates: bool, projections: bool
+) -> None:
+    """Put reading and editing of the stream behind a decoder layer.
 
     A forward hook, because it is traced by ``torch.compile`` and called on every path that vLLM takes
     to a decoder layer. The tables are buffers of the layer, so every layer's traced code is the same
     and compiled once.
     """
-    for number, layer in layers:
-        for name, tensor in (
-            ("trimtab_table", tables.table[number]),
-            ("trimtab_slots", tables.slots),
-            ("trimtab_strengths", tables.strengths),
-        ):
-            layer.register_buffer(name, tensor, persistent=False)
-        layer.register_forward_hook(_hook(number, tables))
+    site = None
+    if gates or projections:
+        site = LayerSite(step, number, RESIDUAL if projections else None, gates)
+        layer.register_buffer("trimtab_site", register_site(site), persistent=False)
+    for name, tensor in (
+        ("trimtab_table", step.tables.add[number]),
+        ("trimtab_slots", step.slots),
+        ("trimtab_strengths", step.strengths),
+    ):
+        layer.register_buffer(name, tensor, persistent=False)
+    layer.register_forward_hook(_hook_residual(number, step, site))
+
+
+def hook_block(block: nn.Module, number: int, step: Step, table: int) -> None:
+    """Put projections behind the attention or the MLP block of a layer."""
+    site = LayerSite(step, number, table)
+    block.register_buffer("trimtab_site", register_site(site), persistent=False)
+    block.register_buffer("trimtab_slots", step.slots, persistent=False)
+
+    def edit(module: Any, args: Any, output: Any) -> None:
+        x = output if isinstance(output, torch.Tensor) else output[0]
+        if torch.compiler.is_compiling():
+            stream_(x, None, module.trimtab_slots, module.trimtab_site)
+        else:
+            site.stream(x, None)
+
+    block.register_forward_hook(edit)
+
+
+def hook_final_norm(norm: nn.Module, step: Step) -> None:
+    """Let gates read the final norm's output."""
+    site = LayerSite(step, step.tables.sizes.num_layers, None, gates=True)
+    norm.register_buffer("trimtab_site", register_site(site), persistent=False)
+    norm.register_buffer("trimtab_slots", step.slots, persistent=False)
+
+    def read(module: Any, args: Any, output: Any) -> None:
+        x = output if isinstance(output, torch.Tensor) else output[0]
+        if torch.compiler.is_compiling():
+            stream_(x, None, module.trimtab_slots, module.trimtab_site)
+        else:
+            site.stream(x, None)
+
+    norm.register_forward_hook(read)
+
+
+def hook_heads(attention: nn.Module, number: int, step: Step, num_heads: int) -> None:
+    """Scale heads between attention and its output projection.
+
+    The instance's ``forward`` is wrapped, since vLLM's Transformers backend calls that and passes forward
+    hooks by.
+    """
+    site = LayerSite(step, number, HEADS, num_heads=num_heads)
+    attention.register_buffer("trimtab_site", register_site(site), persistent=False)
+    attention.register_buffer("trimtab_slots", step.slots, persistent=False)
+    forward: Callable[..., torch.Tensor] = attention.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            heads_(out, attention.trimtab_slots, attention.trimtab_site)
+        else:
+            site.heads(out)
+        return out
+
+    attention.forward = scaled  # type: ignore[method-assign]

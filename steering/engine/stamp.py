@@ -23,14 +23,18 @@ class Stamp:
     Attributes:
         plan: the plan's id.
         strength: finite multiplier, not 0.
+        phased: whether what happens to a token depends on where it stands in its request, so that its
+            keys and values fit only requests whose prompt ends at the same place.
     """
 
     plan: str
     strength: float
+    phased: bool = False
 
     def to_extra_args(self, extra_args: dict[str, Any] | None) -> dict[str, Any]:
         """``extra_args`` with this stamp in it; the original is left alone."""
-        return {**(extra_args or {}), KEY: {"plan": self.plan, "strength": self.strength}}
+        entry = {"plan": self.plan, "strength": self.strength, "phased": self.phased}
+        return {**(extra_args or {}), KEY: entry}
 
 
 def read_stamp(extra_args: dict[str, Any] | None) -> Stamp | None:
@@ -42,9 +46,9 @@ def read_stamp(extra_args: dict[str, Any] | None) -> Stamp | None:
     entry = (extra_args or {}).get(KEY)
     if entry is None:
         return None
-    if not isinstance(entry, dict) or set(entry) != {"plan", "strength"}:
+    if not isinstance(entry, dict) or set(entry) - {"phased"} != {"plan", "strength"}:
         raise ValueError(f"{KEY!r} must hold a plan and a strength, it holds {entry!r}")
-    plan, strength = entry["plan"], entry["strength"]
+    plan, strength, phased = entry["plan"], entry["strength"], entry.get("phased", False)
     if not isinstance(plan, str):
         raise ValueError(f"the plan must be a string, it is {plan!r}")
     if isinstance(strength, bool) or not isinstance(strength, int | float):
@@ -55,7 +59,7 @@ def read_stamp(extra_args: dict[str, Any] | None) -> Stamp | None:
     rounded = to_float32(strength)
     if not math.isfinite(rounded):
         raise ValueError(f"the strength must fit 32-bit numbers, it is {strength!r}")
-    return Stamp(plan, float(strength) if rounded else 0.0)
+    return Stamp(plan, float(strength) if rounded else 0.0, bool(phased))
 
 
 def to_float32(value: float) -> float:

@@ -47,6 +47,11 @@ TOUCHPOINTS = (
         ("self", "request_ids", "finished_status"),
     ),
     Touchpoint(
+        "vllm.v1.core.kv_cache_utils",
+        "generate_block_hash_extra_keys",
+        ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+    ),
+    Touchpoint(
         "vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("self", "request_id")
     ),
     Touchpoint(
@@ -63,7 +68,9 @@ TOUCHPOINTS = (
         ("self", "request_id", "prompt", "params", "resumable"),
     ),
     Touchpoint(
-        "vllm.v1.engine.output_processor", "OutputProcessor.add_request", ("self", "request")
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor.add_request",
+        ("self", "request", "prompt", "parent_req", "request_index"),
     ),
     Touchpoint(
         "vllm.v1.engine.output_processor",

@@ -13,21 +13,37 @@ Extension points, checked against vLLM 0.32 and 0.33:
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from directions.errors import TrimtabError
+from steering.engine.discovery import (
+    find_attention,
+    find_blocks,
+    find_decoder_layers,
+    find_final_norm,
+)
 from steering.engine.payload import PlanPayload
+from steering.engine.request_rows import RequestRows
 from steering.engine.runner import WorkerRequests
 from steering.engine.runner_v1 import RunnerV1Adapter
 from steering.engine.settings import EngineSettings
-from steering.engine.sites import find_decoder_layers, hook_residual
-from steering.engine.tables import SteeringTables
+from steering.engine.sites import hook_block, hook_final_norm, hook_heads, hook_residual
+from steering.engine.step import Step, Tracker
+from steering.engine.tables import KINDS, Sizes, SteeringTables
 from steering.engine.touchpoints import check_touchpoints
+from steering.ops.project import SITES as PROJECTION_SITES
 
 # A child of vLLM's logger, so that it shows where vLLM's own lines do.
 logger = logging.getLogger("vllm.trimtab")
 
 _ATTRIBUTE = "trimtab_worker"
+
+# Requests that may be running or preempted at once, as a multiple of those that run: preempted ones keep
+# their row, and come back before others begin.
+_ROWS_A_SEQUENCE = 4
 
 
 class SteeringWorker:
@@ -40,14 +56,21 @@ class SteeringWorker:
     Raises:
         TrimtabError: ``E_SITE_LAYERS`` or ``E_LAYERS`` when the model cannot be hooked as asked,
             ``E_VLLM_TOUCHPOINT`` when the model runner is not one that the adapter knows.
+
+    Attributes:
+        hooked: by site, the layers at which it is hooked on this rank; gates read the final norm as the
+            layer behind the last.
+        refused: by site, why this model does not have it.
     """
 
     def __init__(self, worker: Any, settings: EngineSettings) -> None:
         check_touchpoints(heavy=True)
         runner = worker.model_runner
         model_config = worker.vllm_config.model_config
+        model = runner.get_model()
         num_layers = model_config.hf_text_config.num_hidden_layers
-        layers = find_decoder_layers(runner.get_model(), num_layers)
+        every = find_decoder_layers(model, num_layers)
+        layers = every
         if settings.layers is not None:
             if settings.layers[-1] >= num_layers:
                 raise TrimtabError(
@@ -56,39 +79,128 @@ class SteeringWorker:
                     f"{num_layers - 1}",
                     field="--steering-layers",
                 )
-            layers = [(n, layer) for n, layer in layers if n in settings.layers]
-        self.hooked = tuple(n for n, _ in layers)
-        self.num_layers = num_layers
-        self.tables = SteeringTables(
-            num_layers,
-            settings.rows,
-            model_config.get_hidden_size(),
-            runner.max_num_tokens,
-            runner.device,
-            model_config.dtype,
-        )
+            layers = [(n, layer) for n, layer in every if n in settings.layers]
         parallel = worker.vllm_config.parallel_config
+        self.num_layers = num_layers
+        self.hooked: dict[str, list[int]] = {"add": [n for n, _ in layers]}
+        self.refused: dict[str, str] = {}
+        wanted = set(settings.sites)
+        attentions = self._find("heads", wanted, layers, find_attention)
+        blocks = self._find("attention", wanted, layers, find_blocks) or self._find(
+            "mlp", wanted, layers, find_blocks
+        )
+        norm = self._find_norm(model, every) if "gates" in wanted else None
+        num_heads = max((heads for _, heads, _ in attentions.values()), default=0)
+        self.tables = SteeringTables(
+            Sizes(
+                num_layers,
+                settings.rows,
+                model_config.get_hidden_size(),
+                runner.max_num_tokens,
+                num_heads=num_heads,
+                head_offset=worker.rank % parallel.tensor_parallel_size * num_heads,
+                projections=settings.projections,
+                sites=tuple(
+                    site for site in PROJECTION_SITES if site in wanted and site not in self.refused
+                ),
+                dtype=model_config.dtype,
+            ),
+            runner.device,
+        )
+        rows = worker.vllm_config.scheduler_config.max_num_seqs * _ROWS_A_SEQUENCE + 1
+        self.step = Step(self.tables, RequestRows(rows, runner.device))
         # vLLM returns the output of the first tensor-parallel rank of the last pipeline stage.
         replying = parallel.world_size - parallel.tensor_parallel_size
-        self.requests = WorkerRequests(self.tables, heard=worker.rank == replying)
-        hook_residual(layers, self.tables)
-        RunnerV1Adapter().attach(runner, self.tables, self.requests)
+        self.requests = WorkerRequests(self.step, heard=worker.rank == replying)
+        self.tensor_parallel = parallel.tensor_parallel_size
+        self._hook(layers, attentions, blocks, norm, wanted)
+        RunnerV1Adapter().attach(runner, self.requests)
         logger.info(
-            "steering %d of %d layers, %d slots, tables of %.1f MiB",
+            "steering %d of %d layers (%s), %d slots, tables of %.1f MiB%s",
             len(layers),
             num_layers,
+            ", ".join(self.hooked),
             settings.slots,
-            self.tables.table.numel() * 4 / 2**20,
+            self.tables.num_bytes / 2**20,
+            "".join(f"; no {site}: {reason}" for site, reason in self.refused.items()),
         )
+
+    def _find(
+        self,
+        site: str,
+        wanted: set[str],
+        layers: list[tuple[int, Any]],
+        find: Callable[[Any, int], Any],
+    ) -> dict[int, Any]:
+        """What a site needs of every layer; none at all where one layer does not have it."""
+        if site not in wanted:
+            return {}
+        try:
+            return {n: find(layer, n) for n, layer in layers}
+        except TrimtabError as error:
+            for refused in ("attention", "mlp") if find is find_blocks else (site,):
+                self.refused[refused] = str(error)
+            return {}
+
+    def _find_norm(self, model: Any, layers: list[tuple[int, Any]]) -> Any:
+        try:
+            return find_final_norm(model, layers)
+        except TrimtabError as error:
+            self.refused["final norm"] = str(error)
+            return None
+
+    def _hook(
+        self,
+        layers: list[tuple[int, Any]],
+        attentions: dict[int, Any],
+        blocks: dict[int, Any],
+        norm: Any,
+        wanted: set[str],
+    ) -> None:
+        gates, projections = "gates" in wanted, "residual" in wanted
+        numbers = [n for n, _ in layers]
+        for n, (attention, heads, _) in attentions.items():
+            hook_heads(attention, n, self.step, heads)
+            self.hooked.setdefault("heads", []).append(n)
+        for n, (attention_block, mlp_block) in blocks.items():
+            for site, block in (("attention", attention_block), ("mlp", mlp_block)):
+                if site in wanted:
+                    hook_block(block, n, self.step, KINDS.index(site))
+                    self.hooked.setdefault(site, []).append(n)
+        for n, layer in layers:
+            hook_residual(layer, n, self.step, gates, projections)
+        if projections:
+            self.hooked["residual"] = numbers
+        if gates:
+            self.hooked["gates"] = list(numbers)
+            if norm is not None:
+                hook_final_norm(norm, self.step)
+                self.hooked["gates"].append(self.num_layers)
+
+    def check(self, plan: PlanPayload) -> None:
+        """Refuse a plan that this rank could place but not carry out.
+
+        Raises:
+            ValueError: with the site and the reason.
+        """
+        if self.tensor_parallel > 1 and any(row.renormalise for row in plan.rows):
+            raise ValueError(
+                "renormalise: row needs the norm over all heads of a token, and each of "
+                f"{self.tensor_parallel} tensor-parallel ranks has only its own"
+            )
+        if plan.thinking and self.step.tracker is None:
+            raise ValueError("the thinking markers have not been sent to this rank")
 
     def status(self) -> dict[str, Any]:
         """msgpack-native facts about this rank."""
         return {
-            "hooked_layers": list(self.hooked),
+            "hooked": {site: list(layers) for site, layers in self.hooked.items()},
+            "refused": dict(self.refused),
             "num_layers": self.num_layers,
-            "hidden_size": self.tables.hidden_size,
-            "num_slots": self.tables.num_slots,
+            "hidden_size": self.tables.sizes.hidden_size,
+            "num_slots": self.tables.sizes.num_slots,
             "pinned_slots": self.tables.pinned,
+            "evictions": self.tables.evictions,
             "plans": sorted(self.tables.plans),
         }
 
@@ -117,12 +229,27 @@ def _steering(wrapper: Any) -> SteeringWorker:
     return steering
 
 
+def trimtab_track(wrapper: Any, tracker: dict[str, Any]) -> None:
+    """Give this rank the thinking tracker's tables; sent before the first plan that needs them."""
+    step = _steering(wrapper).step
+    states = int(tracker["states"])
+    step.tracker = Tracker(
+        np.frombuffer(tracker["transitions"], dtype=np.uint8).reshape(states, -1),
+        np.frombuffer(tracker["phases"], dtype=np.uint8),
+        np.frombuffer(tracker["ended"], dtype=np.uint8).astype(np.bool_),
+        int(tracker["start"]),
+        step.tables.device,
+    )
+
+
 def trimtab_activate(wrapper: Any, plans: list[dict[str, Any]]) -> dict[str, Any]:
     """Make plans placeable on this rank; raises for one that is not, which fails the whole call."""
-    tables = _steering(wrapper).tables
+    steering = _steering(wrapper)
     for plan in plans:
-        tables.add_plan(PlanPayload.from_wire(plan))
-    return _steering(wrapper).status()
+        payload = PlanPayload.from_wire(plan)
+        steering.check(payload)
+        steering.tables.add_plan(payload)
+    return steering.status()
 
 
 def trimtab_deactivate(wrapper: Any, plan_ids: list[str]) -> dict[str, Any]:
@@ -137,4 +264,4 @@ def trimtab_status(wrapper: Any) -> dict[str, Any]:
     return _steering(wrapper).status()
 
 
-RPC_METHODS = (trimtab_activate, trimtab_deactivate, trimtab_status)
+RPC_METHODS = (trimtab_track, trimtab_activate, trimtab_deactivate, trimtab_status)

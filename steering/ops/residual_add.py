@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-_library: Any = torch.library.Library("trimtab", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("trimtab", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "residual_add_(Tensor(a!) x, Tensor table, Tensor slots, Tensor strengths, Tensor count) -> ()"
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 
@@ -50,10 +51,18 @@ def forget_identity() -> None:
 def main(model: str, mode: str, store: str) -> None:
     from vllm.compilation.counter import compilation_counter
 
-    from tests.steering.engine.harness import Request, build_world, engine, run, standard_policies
+    from tests.steering.engine.harness import (
+        Request,
+        build_world,
+        engine,
+        every_kind,
+        run,
+        standard_policies,
+    )
 
-    world = build_world(Path(model), Path(store))
+    world = build_world(Path(model), Path(store), ("t", "e"))
     standard_policies(world)
+    every_kind(world)
     make_loading_work()
     if mode == "steered-without-identity":
         forget_identity()
@@ -66,6 +75,8 @@ def main(model: str, mode: str, store: str) -> None:
             activate_local(llm, world.plans.values(), world.store)
             requests += [Request(prompt, name, max_tokens=16) for name in world.policies]
             requests += [Request(prompt, "one", 0.0, max_tokens=16)]
+            # The floor is the largest difference that is seen among plain requests.
+            requests[1:1] = [Request(prompt + prompt[:n], max_tokens=16) for n in (3, 9, 20, 30)]
         answers = run(llm, world, requests)
         config = llm.llm_engine.vllm_config
         print(
@@ -76,7 +87,14 @@ def main(model: str, mode: str, store: str) -> None:
                     "key": Path(config.compilation_config.local_cache_dir).name,
                     "loaded": compilation_counter.num_aot_artifacts_loaded,
                     "answers": [
-                        [a.request.policy, a.request.strength, a.token_ids, a.logprobs]
+                        [
+                            a.request.prompt,
+                            a.request.policy,
+                            a.request.strength,
+                            a.token_ids,
+                            a.logprobs,
+                            [asdict(gate) for gate in a.gates],
+                        ]
                         for a in answers
                     ],
                 }

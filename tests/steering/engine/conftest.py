@@ -24,18 +24,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def tiny_world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     """The tiny random model with its reference, directions and the standard policies."""
-    from tests.steering.engine.harness import build_world, standard_policies
+    from tests.steering.engine.harness import build_world, every_kind, standard_policies
 
-    world = build_world(tiny_checkpoint, tmp_path_factory.mktemp("tiny-store"))
+    world = build_world(tiny_checkpoint, tmp_path_factory.mktemp("tiny-store"), ("t", "e"))
     standard_policies(world)
+    every_kind(world)
     return world
 
 
 @pytest.fixture(scope="session")
 def demo_world(demo_model: Path, tmp_path_factory: pytest.TempPathFactory):
     """The demonstration model with its reference, directions and the standard policies."""
-    from tests.steering.engine.harness import build_world, standard_policies
+    from tests.steering.engine.harness import build_world, every_kind, standard_policies
 
-    world = build_world(demo_model, tmp_path_factory.mktemp("demo-store"))
+    # Words of plain English, as this model does not think in markers; " the" and "." are told from
+    # text, however they are cut into tokens.
+    world = build_world(demo_model, tmp_path_factory.mktemp("demo-store"), (" the ", "."))
     standard_policies(world)
+    every_kind(world)
     return world

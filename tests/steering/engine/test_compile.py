@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from steering.engine import identity
+from steering.engine.exchange import GateReport
 from tests.conftest import build_tiny_checkpoint
 from tests.steering.engine.harness import (
     Answer,
     Request,
     assert_parity,
     build_world,
+    every_kind,
     standard_policies,
 )
 
@@ -31,8 +33,9 @@ class Starts:
     def __init__(self, folder: Path) -> None:
         self.cache = folder / "cache"
         self.model = build_tiny_checkpoint(folder / "tiny", num_layers=4)
-        self.world = build_world(self.model, folder / "store")
+        self.world = build_world(self.model, folder / "store", ("t", "e"))
         standard_policies(self.world)
+        every_kind(self.world)
         self.prompt = tuple(self.world.prompt("Which way does the wind blow today?"))
 
     def start(self, mode: str) -> tuple[dict, list[Answer]]:
@@ -58,8 +61,16 @@ class Starts:
         assert lines, done.stdout[-2000:] + done.stderr[-4000:]
         result = json.loads(lines[0].removeprefix("RESULT "))
         answers = [
-            Answer(Request(self.prompt, policy, strength), tuple(ids), tuple(lp), "", None, 0)
-            for policy, strength, ids, lp in result["answers"]
+            Answer(
+                Request(tuple(prompt), policy, strength),
+                tuple(ids),
+                tuple(lp),
+                "",
+                None,
+                0,
+                tuple(GateReport(**gate) for gate in gates),
+            )
+            for prompt, policy, strength, ids, lp, gates in result["answers"]
         ]
         return result, answers
 
