@@ -40,6 +40,7 @@ from server.body import (
 )
 from server.catalogue import Catalogue
 from server.errors import error_body, error_headers, in_flight_error, status_of
+from server.form import form_model, is_form
 from server.metrics import UNRESOLVED, Outcome, RequestMetrics
 from server.models_list import MODELS_PATH, ListedModels
 from server.report import (
@@ -49,7 +50,7 @@ from server.report import (
     settled,
 )
 from server.response import EventStream, decorate_json, error_messages
-from server.selection import alias_choice, header_choice, select, steering_field
+from server.selection import Choice, alias_choice, header_choice, select, steering_field
 from steering.engine.exchange import Exchange, current_exchange
 from steering.engine.stamp import KEY as STAMP_KEY
 from steering.plan import Plan
@@ -222,6 +223,8 @@ class _Request:
         scope, service = self.scope, self.service
         choice = header_choice(scope["headers"])
         limit = service.max_body_bytes
+        if is_form(_header(scope["headers"], b"content-type")):
+            return await self.admit_form(choice)
         if not _is_json(scope):
             self.exchange = select(service.catalogue, [choice]).exchange()
             self.check_slots(self.exchange)
@@ -249,6 +252,21 @@ class _Request:
             document["model"] = alias.base
         body = dump_object(document)
         self.scope = _with_length(scope, len(body))
+        return replay(body, self.receive)
+
+    async def admit_form(self, choice: Choice | None) -> Receive:
+        """:meth:`admit` for a form, in which only the model's name can say something."""
+        scope, service = self.scope, self.service
+        body = await read_body(self.receive, scope["headers"], service.max_body_bytes)
+        model = form_model(body, _header(scope["headers"], b"content-type"))
+        alias = alias_choice(model.value, service.served_names()) if model else None
+        selection = select(service.catalogue, [alias.choice if alias else None, choice])
+        self.exchange = selection.exchange()
+        self.check_slots(self.exchange)
+        if model is not None and alias is not None:
+            self.alias = model.value
+            body = model.replace_by_prefix(body, alias.base)
+            self.scope = _with_length(scope, len(body))
         return replay(body, self.receive)
 
     def parse(self, body: bytes) -> dict[str, Any]:
