@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.served import TRIMTAB, environment, put_random_direction, write_policy
+from tests.server.served import TRIMTAB, environment, free_port, put_random_direction, write_policy
 
 
 def run(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -137,3 +137,27 @@ def test_a_policy_that_does_not_fit_the_model_is_found_before_vllm_starts(
     assert "E_LAYER_RANGE" in done.stderr
     assert "E_ARTEFACT_UNKNOWN" in done.stderr
     assert "EngineCore" not in done.stdout + done.stderr
+
+
+@pytest.mark.engine
+def test_speculative_decoding_is_refused_with_its_code(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    put_random_direction(tmp_path, tiny_checkpoint)
+    folder = tmp_path / "policies"
+    write_policy(folder, "guard")
+    speculation = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
+    done = run(
+        tmp_path,
+        "serve",
+        str(tiny_checkpoint),
+        f"--policies={folder}",
+        "--dtype=float32",
+        "--enforce-eager",
+        f"--port={free_port()}",
+        f"--speculative-config={speculation}",
+    )
+    assert done.returncode != 0
+    assert "E_ENGINE_MODE" in last_line(done), done.stderr[-2000:]
+    assert "--speculative-config cannot be combined with steering" in last_line(done)
+    assert "Application startup complete" not in done.stdout + done.stderr
