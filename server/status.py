@@ -28,6 +28,7 @@ class PolicyStatus(BaseModel):
 class ProofStatus(BaseModel):
     """What the start-up proof measured, in nats of log-probability."""
 
+    engines: int = Field(description="data parallel engines, each of which was proved")
     layers: list[int] = Field(description="layers whose edits were each shown to act")
     floor: float = Field(description="largest difference between two plain runs")
     least_effect: float = Field(description="smallest effect of the known edit over the layers")
@@ -81,5 +82,8 @@ def policy_statuses(catalogue: Catalogue) -> list[PolicyStatus]:
 def proof_status(proof: Proof) -> ProofStatus:
     """The part of a proof that is worth telling."""
     return ProofStatus(
-        layers=list(proof.layers), floor=proof.floor, least_effect=proof.least_effect
+        engines=proof.engines,
+        layers=list(proof.layers),
+        floor=proof.floor,
+        least_effect=proof.least_effect,
     )

@@ -3,15 +3,14 @@
 A plan is active when every rank of every engine that this process reaches has confirmed it; until then no
 request is admitted under it. One rank that refuses fails the activation, not the answers.
 
-Extension points, checked against vLLM 0.32 and 0.33: ``AsyncLLM.collective_rpc`` (broadcast to all data
-parallel engines; an exception on any rank is raised here, the return value is the first engine's),
-``LLM.collective_rpc`` for an engine in this process.
+Extension point, checked against vLLM 0.32 and 0.33: ``LLM.collective_rpc`` for offline engines; served ones
+are called by :mod:`steering.engine.rank_calls`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from directions.errors import TrimtabError
@@ -20,6 +19,8 @@ from steering.engine.admission import Frontend, attach_frontend, frontend_of
 from steering.engine.identity import NAME
 from steering.engine.ledger import SlotLedger
 from steering.engine.payload import PlanPayload, build_payload
+from steering.engine.rank_calls import Answer, call_ranks, place
+from steering.engine.site_checks import check_sites
 from steering.plan import Plan
 from steering.thinking import ThinkingTracker
 
@@ -70,20 +71,13 @@ def _batches(payloads: Sequence[PlanPayload]) -> Iterable[list[dict[str, Any]]]:
         yield batch
 
 
-def _confirm(frontend: Frontend, payloads: Sequence[PlanPayload], ranks: Any) -> None:
-    hooked: dict[str, set[int]] = {}
-    refused: dict[str, str] = {}
-    for rank in ranks:
-        refused.update(rank["refused"])
-        for site, layers in rank["hooked"].items():
-            hooked.setdefault(site, set()).update(layers)
-    last_stage = ranks[-1]["hooked"]
+def _confirm(frontend: Frontend, payloads: Sequence[PlanPayload], ranks: Sequence[Answer]) -> None:
     for payload in payloads:
-        missing = [n for n, rank in enumerate(ranks) if payload.id not in rank["plans"]]
+        missing = [place(rank) for rank in ranks if payload.id not in rank["plans"]]
         if missing:
             raise TrimtabError(
                 "E_ACTIVATION",
-                f"ranks {missing} did not take plan {payload.id[:12]}",
+                f"{', '.join(missing)} did not take plan {payload.id[:12]}",
                 field="engine",
             )
         if len(payload.rows) > frontend.ledger.capacity:
@@ -93,73 +87,18 @@ def _confirm(frontend: Frontend, payloads: Sequence[PlanPayload], ranks: Any) ->
                 f"{frontend.ledger.capacity}",
                 field="--slots",
             )
-        for site, layers in payload.sites.items():
-            missing = sorted(layers - hooked.get(site, set()))
-            if missing:
-                raise TrimtabError(
-                    "E_SITE_UNHOOKED",
-                    f"a policy acts on {site} at layers {missing}, which "
-                    + (
-                        f"this model does not have: {refused[site]}"
-                        if site in refused
-                        else "this server was started without"
-                    ),
-                    field="--steering-sites" if site in refused else "--steering-layers",
-                )
-        # A gate moves a token into another slot on its own rank; other stages would not know.
-        for gate in payload.gates:
-            if gate.layer not in last_stage.get("gates", ()):
-                raise TrimtabError(
-                    "E_GATE_PIPELINE",
-                    f"gate {gate.name} reads layer {gate.layer}, which runs on a pipeline stage other than "
-                    "the last; the last stage could not know what it decided",
-                    field="--pipeline-parallel-size",
-                    expected=f"a probe at layers {min(last_stage['gates'], default=0)} and above",
-                )
-        if payload.gates and _acts_before(payload, last_stage):
-            raise TrimtabError(
-                "E_GATE_PIPELINE",
-                "a policy with gates edits layers of a pipeline stage other than the last, which could "
-                "not know what the gates decided",
-                field="--pipeline-parallel-size",
-                expected="edits within the last pipeline stage",
-            )
+        for engine in {rank["engine"] for rank in ranks}:
+            check_sites(payload, [rank for rank in ranks if rank["engine"] == engine])
 
 
-def _acts_before(payload: PlanPayload, last_stage: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a plan with gates edits outside of the last pipeline stage."""
-    return any(
-        layers - set(last_stage.get(site, ()))
-        for site, layers in payload.sites.items()
-        if site != "gates"
-    )
-
-
-def _refused(error: Exception) -> TrimtabError:
-    # An executor in this process says the first, one with processes of its own the second.
-    unknown = ("is not implemented", "has no attribute 'trimtab_")
-    if any(words in str(error) for words in unknown):
-        return TrimtabError(
-            "E_PLUGIN_ABSENT",
-            "the engine's workers do not know Trimtab: its plug-in failed to load there; look for "
-            "'Failed to load plugin trimtab' further up",
-            field="engine",
-        )
-    return TrimtabError("E_ACTIVATION", f"a worker refused the plans: {error}", field="engine")
-
-
-async def rank_status(engine: Any) -> list[dict[str, Any]]:
-    """Every rank's facts, as ``steering.engine.worker.SteeringWorker.status`` gives them.
+async def rank_status(engine: Any) -> list[Answer]:
+    """Every rank's facts, as ``steering.engine.worker.SteeringWorker.status`` gives them, and its place.
 
     Raises:
         TrimtabError: ``E_PLUGIN_ABSENT``.
     """
     _frontend(engine)
-    try:
-        ranks: list[dict[str, Any]] = await engine.collective_rpc("trimtab_status")
-    except Exception as error:
-        raise _refused(error) from error
-    return ranks
+    return await call_ranks(engine, "trimtab_status")
 
 
 async def activate_payloads(
@@ -169,12 +108,9 @@ async def activate_payloads(
     frontend = _frontend(engine)
     plans = list(plans)
     ranks = await rank_status(engine)
-    try:
-        await _track(engine, frontend, plans)
-        for batch in _batches(payloads):
-            ranks = await engine.collective_rpc("trimtab_activate", args=(batch,))
-    except Exception as error:
-        raise _refused(error) from error
+    await _track(engine, frontend, plans)
+    for batch in _batches(payloads):
+        ranks = await call_ranks(engine, "trimtab_activate", batch)
     _confirm(frontend, payloads, ranks)
     frontend.plans.update({plan.id: plan for plan in plans})
     return frontend
@@ -197,18 +133,14 @@ async def _track(engine: Any, frontend: Frontend, plans: Iterable[Plan]) -> None
     size = engine.vllm_config.model_config.get_vocab_size()
     texts = _token_texts(engine.input_processor.tokenizer, size)
     tracker = ThinkingTracker.build(texts, *pair)
-    await engine.collective_rpc(
-        "trimtab_track",
-        args=(
-            {
-                "states": len(tracker.phase_of_state),
-                "transitions": tracker.transitions.tobytes(),
-                "phases": tracker.phase_of_state.tobytes(),
-                "ended": tracker.ended.astype("u1").tobytes(),
-                "start": int(tracker.start_state),
-            },
-        ),
-    )
+    wire = {
+        "states": len(tracker.phase_of_state),
+        "transitions": tracker.transitions.tobytes(),
+        "phases": tracker.phase_of_state.tobytes(),
+        "ended": tracker.ended.astype("u1").tobytes(),
+        "start": int(tracker.start_state),
+    }
+    await call_ranks(engine, "trimtab_track", wire)
     frontend.thinking = pair
 
 
@@ -245,7 +177,7 @@ async def deactivate(engine: Any, plan_ids: Sequence[str]) -> None:
     frontend = _frontend(engine)
     for plan_id in plan_ids:
         frontend.plans.pop(plan_id, None)
-    await engine.collective_rpc("trimtab_deactivate", args=(list(plan_ids),))
+    await call_ranks(engine, "trimtab_deactivate", list(plan_ids))
 
 
 def activate_local(llm: Any, plans: Iterable[Plan], store: Store | None = None) -> Frontend:
@@ -257,13 +189,16 @@ def activate_local(llm: Any, plans: Iterable[Plan], store: Store | None = None) 
 
 
 class _Local:
-    """An offline ``LLM`` with the part of ``AsyncLLM`` that activation uses."""
+    """An offline ``LLM``, which has one engine, with the part of ``AsyncLLM`` that activation uses."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self.vllm_config = llm.llm_engine.vllm_config
         self.input_processor = llm.llm_engine.input_processor
         self.output_processor = llm.llm_engine.output_processor
+        self.engine_core = self
 
-    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
-        return self._llm.collective_rpc(method, args=args)
+    async def call_utility_all_async(
+        self, utility: str, method: str, timeout: float | None, args: Any, kwargs: Any
+    ) -> list[Any]:
+        return [getattr(self._llm, utility)(method, timeout, args, kwargs)]

@@ -82,6 +82,17 @@ def refuse_unsupported(config: Any) -> None:
             "a rank sees a part of the prompt, so tokens and slots no longer correspond",
         ),
         (
+            bool(parallel.enable_elastic_ep),
+            "--enable-elastic-ep",
+            "engines that are added to a running server would not have its policies",
+        ),
+        (
+            _runs_stages_without_buffers(config),
+            "--pipeline-parallel-size",
+            "on CPU vLLM makes a later stage's input buffers only while it warms up compiled code; "
+            "leave out --enforce-eager and VLLM_CPU_CI_ENV",
+        ),
+        (
             bool(config.cache_config.kv_sharing_fast_prefill),
             "--kv-sharing-fast-prefill",
             "some layers run on a part of the tokens",
@@ -104,6 +115,18 @@ def refuse_unsupported(config: Any) -> None:
                 f"{option} cannot be combined with steering: {reason}",
                 field=option,
             )
+
+
+def _runs_stages_without_buffers(config: Any) -> bool:
+    # CPUModelRunner.warming_up_model, CPUWorker._should_warm_up_model: without the warm-up the first
+    # request ends the engine with an AssertionError, in plain vLLM as well.
+    from vllm import envs
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    if config.parallel_config.pipeline_parallel_size == 1 or not current_platform.is_cpu():
+        return False
+    return bool(envs.VLLM_CPU_CI_ENV or config.compilation_config.mode == CompilationMode.NONE)
 
 
 def wrap_create_engine_config(engine_args_class: Any) -> None:

@@ -36,6 +36,7 @@ def register() -> None:
     from steering.engine.admission import wrap_beam_search, wrap_process_inputs
     from steering.engine.blocks import wrap_block_keys
     from steering.engine.identity import wrap_create_engine_config
+    from steering.engine.rank_calls import answering
     from steering.engine.relay import wrap_get_scheduler_cls, wrap_output_processor
     from steering.engine.worker import RPC_METHODS, wrap_init_device
 
@@ -47,5 +48,5 @@ def register() -> None:
     wrap_block_keys(kv_cache_utils)
     wrap_init_device(WorkerWrapperBase)
     for method in RPC_METHODS:
-        setattr(WorkerWrapperBase, method.__name__, method)
+        setattr(WorkerWrapperBase, method.__name__, answering(method))
     _registered = True

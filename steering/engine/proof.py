@@ -11,6 +11,12 @@ So the running engine is asked for one token, again and again:
    alone: the final norm removes its length, and the next token's distribution no longer depends on the
    prompt. Two prompts whose plain answers differ must agree;
 4. plain again: the edits of the others must have left nothing behind.
+
+With data parallelism every engine is proved by itself: vLLM would spread the questions over all of them, and
+an edit that is missing from one would be found or not as it happens.
+
+Extension point, checked against vLLM 0.32 and 0.33: ``AsyncLLM.generate(…, data_parallel_rank=)``, the number
+of an engine among those that this process reaches.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from directions.errors import TrimtabError
 from steering.engine.control import activate_payloads, deactivate, rank_status
 from steering.engine.exchange import Exchange, current_exchange
 from steering.engine.payload import PlanPayload, RowPayload, uniform_payload
+from steering.engine.site_checks import hooked_layers
 from steering.plan import Plan, Row, Term
 
 _PROMPTS = (tuple(range(1, 9)), tuple(range(19, 10, -1)))
@@ -43,9 +50,10 @@ Distribution = dict[int, float]
 
 @dataclass(frozen=True)
 class Proof:
-    """What the proof measured, in nats of log-probability.
+    """What the proof measured, in nats of log-probability; of several engines, the worst of each.
 
     Attributes:
+        engines: data parallel engines, each of which was proved.
         layers: hooked layers that were each shown to act.
         floor: largest difference between plain runs.
         least_effect: smallest effect of the edit over the layers.
@@ -54,6 +62,7 @@ class Proof:
         apart: their difference when plain.
     """
 
+    engines: int
     layers: tuple[int, ...]
     floor: float
     least_effect: float
@@ -72,10 +81,11 @@ async def prove(engine: Any) -> Proof:
             ``E_PLUGIN_ABSENT``, with a sentence that names the likely cause.
     """
     ranks = await rank_status(engine)
-    hooked = sorted({layer for rank in ranks for layer in rank["hooked"]["add"]})
+    engines = 1 + max(rank["engine"] for rank in ranks)
+    hooked = hooked_layers([rank for rank in ranks if rank["engine"] == 0], "add")
     hidden_size, num_layers = ranks[0]["hidden_size"], ranks[0]["num_layers"]
 
-    vector = np.random.default_rng(0).standard_normal(hidden_size).astype(np.float32)
+    vector = np.random.default_rng(0).standard_normal((hidden_size,)).astype(np.float32)
     # Ids of their own, so that two API processes that prove at once do not take each other's away.
     nonce = secrets.token_hex(8)
     payloads = {n: _payload(f"proof-{nonce}-{n}", n, _EDIT * vector) for n in hooked}
@@ -83,54 +93,72 @@ async def prove(engine: Any) -> Proof:
     everything = list(payloads.values()) + ([drowning] if num_layers - 1 in hooked else [])
     plans = {payload.id: _plan(payload) for payload in everything}
     await activate_payloads(engine, everything, plans.values())
-    # One request at a time keeps every run in the same batch shape, so that the floor is the engine's
-    # own noise and not its kernels' choice of tiling.
-    ask = _Asker(engine)
+    edits = {n: plans[payload.id] for n, payload in payloads.items()}
     try:
-        plain = await ask(None, 0)
-        again = await ask(None, 0)
-        other = await ask(None, 1)
-        effects = {n: _difference(plain, await ask(plans[p.id], 0)) for n, p in payloads.items()}
-        drowned = None
-        if drowning.id in plans:
-            drowned = _difference(
-                await ask(plans[drowning.id], 0), await ask(plans[drowning.id], 1)
-            )
-        after = await ask(None, 0)
+        proofs = [
+            await _prove_one(_Asker(engine, n, engines), edits, plans.get(drowning.id))
+            for n in range(engines)
+        ]
     except BaseException:
         # The engine may be gone; what it died of is what has to be said.
         with contextlib.suppress(Exception):
             await deactivate(engine, [payload.id for payload in everything])
         raise
     await deactivate(engine, [payload.id for payload in everything])
+    drowned = [proof.drowned for proof in proofs if proof.drowned is not None]
+    return Proof(
+        engines=engines,
+        layers=tuple(hooked),
+        floor=max(proof.floor for proof in proofs),
+        least_effect=min(proof.least_effect for proof in proofs),
+        drowned=max(drowned, default=None),
+        apart=min(proof.apart for proof in proofs),
+    )
 
-    floor = _difference(plain, again)
-    apart = _difference(plain, other)
-    proof = Proof(tuple(hooked), floor, min(effects.values(), default=0.0), drowned, apart)
-    _judge(proof, effects, leak=_difference(plain, after))
+
+async def _prove_one(ask: _Asker, edits: dict[int, Plan], drowning: Plan | None) -> Proof:
+    # One request at a time keeps every run in the same batch shape, so that the floor is the engine's
+    # own noise and not its kernels' choice of tiling.
+    plain = await ask(None, 0)
+    again = await ask(None, 0)
+    other = await ask(None, 1)
+    effects = {n: _difference(plain, await ask(plan, 0)) for n, plan in edits.items()}
+    drowned = None
+    if drowning is not None:
+        drowned = _difference(await ask(drowning, 0), await ask(drowning, 1))
+    after = await ask(None, 0)
+    proof = Proof(
+        engines=1,
+        layers=tuple(edits),
+        floor=_difference(plain, again),
+        least_effect=min(effects.values(), default=0.0),
+        drowned=drowned,
+        apart=_difference(plain, other),
+    )
+    _judge(proof, effects, leak=_difference(plain, after), failed=ask.failed)
     return proof
 
 
-def _judge(proof: Proof, effects: dict[int, float], leak: float) -> None:
+def _judge(proof: Proof, effects: dict[int, float], leak: float, failed: str) -> None:
     needed = max(10 * proof.floor, _LEAST_EFFECT)
     idle = [n for n, effect in effects.items() if not effect > needed]
     if idle and len(idle) == len(effects):
         raise TrimtabError(
             "E_PROOF_NO_EFFECT",
-            f"the start-up proof failed: an edit changes nothing at any layer; {_STALE}",
+            f"{failed}: an edit changes nothing at any layer; {_STALE}",
             field="engine",
         )
     if idle:
         raise TrimtabError(
             "E_PROOF_NO_EFFECT",
-            f"the start-up proof failed: an edit changes nothing at layers {idle}; the likely cause "
+            f"{failed}: an edit changes nothing at layers {idle}; the likely cause "
             "is that these layers do not run, or run on a path that passes the hooks by",
             field="engine",
         )
     if proof.drowned is not None and not proof.drowned < 0.2 * proof.apart:
         raise TrimtabError(
             "E_PROOF_WRONG_EFFECT",
-            "the start-up proof failed: with the stream of the last layer drowned by an edit, two "
+            f"{failed}: with the stream of the last layer drowned by an edit, two "
             f"prompts still differ by {proof.drowned:.3g} nats (plain: {proof.apart:.3g}); the likely "
             "cause is a model whose layers do not carry the residual stream where it was looked for",
             field="engine",
@@ -138,7 +166,7 @@ def _judge(proof: Proof, effects: dict[int, float], leak: float) -> None:
     if leak > needed:
         raise TrimtabError(
             "E_PROOF_LEAK",
-            f"the start-up proof failed: a plain answer differs by {leak:.3g} nats from the one before "
+            f"{failed}: a plain answer differs by {leak:.3g} nats from the one before "
             f"the edits; {_STALE}",
             field="engine",
         )
@@ -156,10 +184,17 @@ def _plan(payload: PlanPayload) -> Plan:
 
 
 class _Asker:
-    """One next-token distribution from the engine, under a plan or plain."""
+    """One next-token distribution from one of the engines, under a plan or plain.
 
-    def __init__(self, engine: Any) -> None:
+    Attributes:
+        failed: the first words of what went wrong.
+    """
+
+    def __init__(self, engine: Any, number: int, engines: int) -> None:
         self._engine = engine
+        self._number = number if engines > 1 else None
+        which = f" on engine {number} of {engines}" if engines > 1 else ""
+        self.failed = f"the start-up proof failed{which}"
         config = engine.vllm_config.model_config
         self._vocabulary = config.get_vocab_size()
         self._top = max(min(20, config.max_logprobs), 0)
@@ -179,6 +214,7 @@ class _Asker:
                 tokens_input(tokens, cache_salt=secrets.token_hex(8)),
                 params,
                 f"trimtab-proof-{secrets.token_hex(8)}",
+                data_parallel_rank=self._number,
             )
             outputs = [output async for output in answers]
         finally:
@@ -186,8 +222,9 @@ class _Asker:
         if plan is not None and exchange.applied() != (True, None):
             raise TrimtabError(
                 "E_PLUGIN_ABSENT",
-                f"a worker did not report the proof's edit as applied: {exchange.applied()[1]}; the "
-                "likely cause is that the plug-in failed to load in the engine's process",
+                f"{self.failed}: a worker did not report its edit as applied "
+                f"({exchange.applied()[1]}); the likely cause is that the plug-in failed to load in "
+                "the engine's process",
                 field="engine",
             )
         return {t: entry.logprob for t, entry in outputs[-1].outputs[0].logprobs[0].items()}

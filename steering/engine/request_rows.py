@@ -187,7 +187,7 @@ class RequestRows:
         if self.device.type == "cpu":
             return Snapshot(self, gated, copies, None)
         copies = [copy.to("cpu", non_blocking=True) for copy in copies]
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return Snapshot(self, gated, copies, event)
 

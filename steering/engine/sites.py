@@ -1,10 +1,10 @@
 """Where the operators go: hooks on a loaded model.
 
 Per decoder layer there are four sites: the attention output before its projection (heads), the outputs of
-the attention and of the MLP block, and the residual stream after the layer; behind the layers there is the
-final norm. A layer returns either ``(hidden_states, residual)``, whose sum is the stream and whose second part is
-edited, or the stream itself. vLLM's own models carry ``[T, hidden_size]``, its Transformers backend
-``[1, T, hidden_size]``.
+the attention and of the MLP block, and the residual stream after the layer; behind the layers there is
+the final norm. A layer returns either ``(hidden_states, residual)``, whose sum is the stream and whose
+second part is edited, or the stream itself. vLLM's own models carry ``[T, hidden_size]``, its
+Transformers backend ``[1, T, hidden_size]``.
 
 On the stream after a layer, gates read first, then projections act, then additions. Additions are plain torch
 in traced code; everything else is behind the operators of :mod:`steering.ops.site`. Code that runs eagerly on

@@ -63,6 +63,14 @@ TOUCHPOINTS = (
         ("self", "prompt", "request_id", "params"),
     ),
     Touchpoint(
+        "vllm.v1.engine.core_client", "AsyncMPClient.call_utility_all_async", ("self", "method")
+    ),
+    Touchpoint(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.generate",
+        ("self", "prompt", "sampling_params", "request_id", "data_parallel_rank"),
+    ),
+    Touchpoint(
         "vllm.v1.engine.input_processor",
         "InputProcessor.process_inputs",
         ("self", "request_id", "prompt", "params", "resumable"),

@@ -60,7 +60,7 @@ class SteeringWorker:
     Attributes:
         hooked: by site, the layers at which it is hooked on this rank; gates read the final norm as the
             layer behind the last.
-        refused: by site, why this model does not have it.
+        unavailable: by site, why this model does not have it.
     """
 
     def __init__(self, worker: Any, settings: EngineSettings) -> None:
@@ -83,7 +83,7 @@ class SteeringWorker:
         parallel = worker.vllm_config.parallel_config
         self.num_layers = num_layers
         self.hooked: dict[str, list[int]] = {"add": [n for n, _ in layers]}
-        self.refused: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
         wanted = set(settings.sites)
         attentions = self._find("heads", wanted, layers, find_attention)
         blocks = self._find("attention", wanted, layers, find_blocks) or self._find(
@@ -101,7 +101,9 @@ class SteeringWorker:
                 head_offset=worker.rank % parallel.tensor_parallel_size * num_heads,
                 projections=settings.projections,
                 sites=tuple(
-                    site for site in PROJECTION_SITES if site in wanted and site not in self.refused
+                    site
+                    for site in PROJECTION_SITES
+                    if site in wanted and site not in self.unavailable
                 ),
                 dtype=model_config.dtype,
             ),
@@ -122,7 +124,7 @@ class SteeringWorker:
             ", ".join(self.hooked),
             settings.slots,
             self.tables.num_bytes / 2**20,
-            "".join(f"; no {site}: {reason}" for site, reason in self.refused.items()),
+            "".join(f"; no {site}: {reason}" for site, reason in self.unavailable.items()),
         )
 
     def _find(
@@ -138,15 +140,15 @@ class SteeringWorker:
         try:
             return {n: find(layer, n) for n, layer in layers}
         except TrimtabError as error:
-            for refused in ("attention", "mlp") if find is find_blocks else (site,):
-                self.refused[refused] = str(error)
+            for missing in ("attention", "mlp") if find is find_blocks else (site,):
+                self.unavailable[missing] = str(error)
             return {}
 
     def _find_norm(self, model: Any, layers: list[tuple[int, Any]]) -> Any:
         try:
             return find_final_norm(model, layers)
         except TrimtabError as error:
-            self.refused["final norm"] = str(error)
+            self.unavailable["final norm"] = str(error)
             return None
 
     def _hook(
@@ -195,7 +197,7 @@ class SteeringWorker:
         """msgpack-native facts about this rank."""
         return {
             "hooked": {site: list(layers) for site, layers in self.hooked.items()},
-            "refused": dict(self.refused),
+            "unavailable": dict(self.unavailable),
             "num_layers": self.num_layers,
             "hidden_size": self.tables.sizes.hidden_size,
             "num_slots": self.tables.sizes.num_slots,
@@ -229,9 +231,10 @@ def _steering(wrapper: Any) -> SteeringWorker:
     return steering
 
 
-def trimtab_track(wrapper: Any, tracker: dict[str, Any]) -> None:
+def trimtab_track(wrapper: Any, tracker: dict[str, Any]) -> dict[str, Any]:
     """Give this rank the thinking tracker's tables; sent before the first plan that needs them."""
-    step = _steering(wrapper).step
+    steering = _steering(wrapper)
+    step = steering.step
     states = int(tracker["states"])
     step.tracker = Tracker(
         np.frombuffer(tracker["transitions"], dtype=np.uint8).reshape(states, -1),
@@ -240,6 +243,7 @@ def trimtab_track(wrapper: Any, tracker: dict[str, Any]) -> None:
         int(tracker["start"]),
         step.tables.device,
     )
+    return steering.status()
 
 
 def trimtab_activate(wrapper: Any, plans: list[dict[str, Any]]) -> dict[str, Any]:

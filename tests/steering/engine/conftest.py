@@ -11,6 +11,8 @@ os.environ.update(
     TRIMTAB_ENGINE="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1",
+    # Ranks share the cores; by default each wants some of its own.
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="WARNING",
     HF_HUB_OFFLINE="1",

@@ -395,43 +395,34 @@ class Answer:
     gates: tuple[GateReport, ...] = ()
 
 
-def run(llm: Any, world: World, requests: Sequence[Request]) -> list[Answer]:
-    """All requests as one batch, each admitted like a request of the server's."""
-    from vllm import SamplingParams
-    from vllm.inputs.engine import tokens_input
+def exchange_for(world: World, request: Request) -> Exchange:
+    """What the server would make of a request's choice of policy."""
+    return Exchange(
+        policy=request.policy or "off",
+        mode="off" if request.policy is None else "enforce",
+        on_failure="closed",
+        strength=request.strength,
+        plan=world.plans[request.policy] if request.policy and request.strength else None,
+    )
 
-    exchanges = [
-        Exchange(
-            policy=request.policy or "off",
-            mode="off" if request.policy is None else "enforce",
-            on_failure="closed",
-            strength=request.strength,
-            plan=world.plans[request.policy] if request.policy and request.strength else None,
-        )
-        for request in requests
-    ]
-    for number, (request, exchange) in enumerate(zip(requests, exchanges, strict=True)):
-        params = SamplingParams(
-            n=request.n,
-            temperature=0.0 if request.n == 1 else 1.0,
-            max_tokens=request.max_tokens,
-            ignore_eos=True,
-            logprobs=0,
-            stop=list(request.stop) or None,
-        )
-        token = current_exchange.set(exchange)
-        try:
-            llm.llm_engine.add_request(
-                f"{next(_REQUESTS)}-{number}", tokens_input(list(request.prompt)), params
-            )
-        finally:
-            current_exchange.reset(token)
-    finished = []
-    while llm.llm_engine.has_unfinished_requests():
-        finished += [output for output in llm.llm_engine.step() if output.finished]
-    outputs = sorted(finished, key=lambda output: int(output.request_id.rpartition("-")[2]))
-    for exchange in exchanges:
-        assert exchange.plan is None or exchange.applied() == (True, None)
+
+def sampling(request: Request) -> Any:
+    """A request's parameters for vLLM."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=request.n,
+        temperature=0.0 if request.n == 1 else 1.0,
+        max_tokens=request.max_tokens,
+        ignore_eos=True,
+        logprobs=0,
+        stop=list(request.stop) or None,
+    )
+
+
+def answers_of(request: Request, exchange: Exchange, output: Any) -> list[Answer]:
+    """The sequences of vLLM's output for a request, which must have been applied."""
+    assert exchange.plan is None or exchange.applied() == (True, None)
     return [
         Answer(
             request,
@@ -445,8 +436,30 @@ def run(llm: Any, world: World, requests: Sequence[Request]) -> list[Answer]:
             output.num_cached_tokens or 0,
             exchange.gates_of_choice(sequence.index),
         )
-        for request, exchange, output in zip(requests, exchanges, outputs, strict=True)
         for sequence in output.outputs
+    ]
+
+
+def run(llm: Any, world: World, requests: Sequence[Request]) -> list[Answer]:
+    """All requests as one batch, each admitted like a request of the server's."""
+    from vllm.inputs.engine import tokens_input
+
+    exchanges = [exchange_for(world, request) for request in requests]
+    for number, (request, exchange) in enumerate(zip(requests, exchanges, strict=True)):
+        prompt = tokens_input(list(request.prompt))
+        token = current_exchange.set(exchange)
+        try:
+            llm.llm_engine.add_request(f"{next(_REQUESTS)}-{number}", prompt, sampling(request))
+        finally:
+            current_exchange.reset(token)
+    finished = []
+    while llm.llm_engine.has_unfinished_requests():
+        finished += [output for output in llm.llm_engine.step() if output.finished]
+    outputs = sorted(finished, key=lambda output: int(output.request_id.rpartition("-")[2]))
+    return [
+        answer
+        for request, exchange, output in zip(requests, exchanges, outputs, strict=True)
+        for answer in answers_of(request, exchange, output)
     ]
 
 
