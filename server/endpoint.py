@@ -80,8 +80,9 @@ class TrimtabEndpoint:
         frontend = await activate(engine_client, catalogue.plans)
         state.trimtab_proof = proof = await prove(engine_client)
         logger.info(
-            "steering works: %d layers act (floor %.2g, least effect %.2g nats)",
+            "steering works: %d layers act on %d engines (floor %.2g, least effect %.2g nats)",
             len(proof.layers),
+            proof.engines,
             proof.floor,
             proof.least_effect,
         )
