@@ -113,7 +113,6 @@ def set_environment(engine: EngineSettings) -> None:
     os.environ[plugin_list.VARIABLE] = plugin_list.plugin_list(os.environ)
     # As vLLM's own command line sets it: forked workers break some accelerators.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     # A server that reports to its makers should be somebody's choice.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # When vLLM's processes end, Python's resource tracker cleans up after them and says so on

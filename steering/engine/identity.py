@@ -62,11 +62,6 @@ def refuse_unsupported(config: Any) -> None:
     parallel = config.parallel_config
     checks: list[tuple[bool, str, str]] = [
         (
-            bool(config.use_v2_model_runner),
-            "VLLM_USE_V2_MODEL_RUNNER",
-            "only Model Runner V1 is supported; set VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
-        (
             bool(parallel.use_ubatching),
             "--enable-dbo",
             "a layer sees a slice of the batch, so tokens and slots no longer correspond",

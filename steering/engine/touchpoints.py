@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import sys
 from dataclasses import dataclass
 
 from directions.errors import TrimtabError
 
 CHECKED_VERSIONS = ("0.32", "0.33")
 ALLOW_UNCHECKED = "TRIMTAB_ALLOW_UNCHECKED_VLLM"
+ALLOW_UNCHECKED_FLAG = "--allow-unchecked-vllm"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Touchpoint:
 
     Attributes:
         module: importable module.
-        name: dotted name in it.
+        name: dotted name in it; of a dataclass, the parameters are its fields.
         parameters: parameters that must exist, in this order among the others.
     """
 
@@ -109,35 +111,100 @@ TOUCHPOINTS = (
         "GPUModelRunner.sample_tokens",
         ("self", "grammar_output"),
     ),
+    Touchpoint(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.finish_requests",
+        ("self", "scheduler_output"),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.add_requests",
+        ("self", "scheduler_output"),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.prepare_inputs",
+        ("self", "scheduler_output", "batch_req_state"),
+    ),
+    Touchpoint("vllm.v1.worker.gpu.model_runner", "GPUModelRunner._dummy_run", ("self",)),
+    Touchpoint("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.capture_model", ("self",)),
+    Touchpoint(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.sample_tokens",
+        ("self", "grammar_output"),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu.input_batch",
+        "InputBatch",
+        (
+            "req_ids",
+            "idx_mapping_np",
+            "num_scheduled_tokens",
+            "num_tokens",
+            "num_computed_tokens_np",
+            "input_ids",
+        ),
+    ),
+    Touchpoint(
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        ("req_id", "prompt_token_ids", "sampling_params", "prefill_token_ids"),
+    ),
+    Touchpoint(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        ("scheduled_new_reqs", "finished_req_ids", "preempted_req_ids"),
+    ),
 )
 
-# The runner module pulls in kernels and devices; only workers, which import it anyway, look inside.
-_HEAVY = ("vllm.v1.worker.gpu_model_runner",)
+# The model runners pull in kernels and devices; only a worker looks inside, at the one that it runs.
+_HEAVY = (
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.v1.worker.gpu.model_runner",
+    "vllm.v1.worker.gpu.input_batch",
+)
+
+
+def check_version() -> str | None:
+    """Whether this vLLM is of a release that the plug-in was written against.
+
+    Returns:
+        The version if it is not and is allowed all the same, else ``None``.
+
+    Raises:
+        TrimtabError: ``E_VLLM_VERSION`` outside the checked releases, unless
+            ``TRIMTAB_ALLOW_UNCHECKED_VLLM=1``.
+    """
+    import vllm
+
+    version = str(vllm.__version__)
+    if ".".join(version.split(".")[:2]) in CHECKED_VERSIONS:
+        return None
+    if os.environ.get(ALLOW_UNCHECKED) == "1":
+        return version
+    raise TrimtabError(
+        "E_VLLM_VERSION",
+        f"vLLM {version} has not been checked; {ALLOW_UNCHECKED_FLAG} (or {ALLOW_UNCHECKED}=1) "
+        "tries it anyway",
+        field="vllm",
+        expected=" or ".join(CHECKED_VERSIONS),
+    )
 
 
 def check_touchpoints(*, heavy: bool = False) -> None:
     """Compare this vLLM with what the plug-in was written against.
 
     Args:
-        heavy: also the modules that only a worker imports.
+        heavy: also the model runners, those of them that this process has imported.
 
     Raises:
         TrimtabError: ``E_VLLM_VERSION`` outside the checked releases, unless
             ``TRIMTAB_ALLOW_UNCHECKED_VLLM=1``; ``E_VLLM_TOUCHPOINT`` for a name that is missing or
             takes other parameters.
     """
-    import vllm
-
-    release = ".".join(str(vllm.__version__).split(".")[:2])
-    if release not in CHECKED_VERSIONS and os.environ.get(ALLOW_UNCHECKED) != "1":
-        raise TrimtabError(
-            "E_VLLM_VERSION",
-            f"vLLM {vllm.__version__} has not been checked; set {ALLOW_UNCHECKED}=1 to try it anyway",
-            field="vllm",
-            expected=" or ".join(CHECKED_VERSIONS),
-        )
+    check_version()
     for touchpoint in TOUCHPOINTS:
-        if heavy or touchpoint.module not in _HEAVY:
+        if touchpoint.module not in _HEAVY or (heavy and touchpoint.module in sys.modules):
             _check(touchpoint)
 
 
