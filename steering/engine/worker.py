@@ -27,8 +27,9 @@ from steering.engine.discovery import (
 )
 from steering.engine.payload import PlanPayload
 from steering.engine.request_rows import RequestRows
-from steering.engine.runner import WorkerRequests
+from steering.engine.runner import RunnerAdapter, WorkerRequests
 from steering.engine.runner_v1 import RunnerV1Adapter
+from steering.engine.runner_v2 import RunnerV2Adapter
 from steering.engine.settings import EngineSettings
 from steering.engine.sites import hook_block, hook_final_norm, hook_heads, hook_residual
 from steering.engine.step import Step, Tracker
@@ -116,7 +117,9 @@ class SteeringWorker:
         self.requests = WorkerRequests(self.step, heard=worker.rank == replying)
         self.tensor_parallel = parallel.tensor_parallel_size
         self._hook(layers, attentions, blocks, norm, wanted)
-        RunnerV1Adapter().attach(runner, self.requests)
+        v2 = RunnerV2Adapter.fits(runner)
+        adapter: RunnerAdapter = RunnerV2Adapter() if v2 else RunnerV1Adapter()
+        adapter.attach(runner, self.requests)
         logger.info(
             "steering %d of %d layers (%s), %d slots, tables of %.1f MiB%s",
             len(layers),

@@ -121,12 +121,14 @@ def main(model: str, store: str) -> None:
         build_world,
         compare,
         engine,
+        every_kind,
         run,
         standard_policies,
     )
 
-    world = build_world(Path(model), Path(store))
+    world = build_world(Path(model), Path(store), ("t", "e"))
     standard_policies(world)
+    every_kind(world)
     requests = batch_of(world)
     with engine(
         Path(model),
@@ -161,6 +163,8 @@ def main(model: str, store: str) -> None:
         "prompts": [list(a.request.prompt) for a in answers],
         "answers": [list(a.token_ids) for a in answers],
         "policies": [a.request.policy for a in answers],
+        "phases": sorted({phase for a in answers for phase in world.phases(a)}),
+        "fired": [gate.fired for a in answers for gate in a.gates],
         "pinned": steering.tables.pinned,
         "dummy_cleared": dummy_cleared,
         "seconds": seconds,
