@@ -31,6 +31,7 @@ from server import plugin_list, vllm_command
 from server.catalogue import OFF, Catalogue, Entry
 from server.settings import Settings
 from steering.engine.settings import EngineSettings
+from steering.engine.touchpoints import ALLOW_UNCHECKED, check_version
 
 LOCAL: Final = "127.0.0.1"
 
@@ -76,11 +77,13 @@ class Prepared:
         args: vLLM's arguments.
         catalogue: the policies.
         url: where clients find the server.
+        unchecked: the version of a vLLM that Trimtab was not checked with, which was asked for.
     """
 
     args: Namespace
     catalogue: Catalogue
     url: str
+    unchecked: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -88,8 +91,12 @@ class Prepared:
         return list(self.args.served_model_name or [self.args.model])
 
 
-def set_environment(engine: EngineSettings) -> None:
+def set_environment(engine: EngineSettings, *, allow_unchecked_vllm: bool = False) -> None:
     """Set what vLLM reads from the environment; to be done before vLLM is imported.
+
+    Args:
+        engine: sizes and sites of the engine's side.
+        allow_unchecked_vllm: run with a vLLM of a release that Trimtab was not checked with.
 
     Raises:
         TrimtabError: ``E_SERVE_UNSUPPORTED`` for a variable that Trimtab cannot work with,
@@ -110,6 +117,8 @@ def set_environment(engine: EngineSettings) -> None:
                 "install the trimtab distribution again",
             )
     os.environ.update(engine.to_environment())
+    if allow_unchecked_vllm:
+        os.environ[ALLOW_UNCHECKED] = "1"
     os.environ[plugin_list.VARIABLE] = plugin_list.plugin_list(os.environ)
     # As vLLM's own command line sets it: forked workers break some accelerators.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -132,7 +141,8 @@ def prepare(
     Raises:
         TrimtabError: ``E_OPTION``, ``E_SERVE_UNSUPPORTED``, ``E_MODEL_…``, ``E_POLICY_UNKNOWN`` for
         a
-            default policy that is not served; PolicyErrors with every fault of the policies.
+            default policy that is not served, ``E_VLLM_VERSION``; PolicyErrors with every fault of the
+            policies.
     """
     from steering.policy_files import load_policies
 
@@ -146,6 +156,8 @@ def prepare(
             field="--default-policy",
             expected=", ".join([*policies, OFF]),
         )
+    # vLLM loads the plug-in while it parses, and would only log that the plug-in refuses.
+    unchecked = check_version()
     args = vllm_command.parse(arguments, own_flags)
     _refuse_unsupported(args)
     if args.host is None and not args.uds:
@@ -160,7 +172,7 @@ def prepare(
             policies, Store(), model, relative_ceiling=options.relative_ceiling
         )
         entries = [Entry(policy, plans[name]) for name, policy in policies.items()]
-    return Prepared(args, Catalogue.of(entries, default=default), _url(args))
+    return Prepared(args, Catalogue.of(entries, default=default), _url(args), unchecked)
 
 
 def serve(prepared: Prepared, max_body_bytes: int) -> None:

@@ -34,6 +34,7 @@ OWN_FLAGS: Final = (
     "--steering-layers",
     "--relative-ceiling",
     "--max-body-bytes",
+    "--allow-unchecked-vllm",
     "--vllm-help",
 )
 
@@ -83,6 +84,13 @@ def serve(
         int,
         typer.Option(help="Longest request body that is read.", min=1024),
     ] = DEFAULT_MAX_BODY_BYTES,
+    allow_unchecked_vllm: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unchecked-vllm",
+            help="Start with a vLLM release that Trimtab has not been checked with.",
+        ),
+    ] = False,
     vllm_help: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +109,7 @@ def serve(
         options = _options(
             policies, default_policy, slots, steering_layers, relative_ceiling, max_body_bytes
         )
-        launch.set_environment(options.engine)
+        launch.set_environment(options.engine, allow_unchecked_vllm=allow_unchecked_vllm)
         with progress_reporter(Output(json_mode=False)) as progress:
             prepared = launch.prepare(options, ctx.args, OWN_FLAGS, progress)
         _banner(prepared)
@@ -152,6 +160,8 @@ def _banner(prepared: Prepared) -> None:
     facts.add_row("API", f"{prepared.url}/v1")
     facts.add_row("status", f"{prepared.url}/v1/steering/status")
     facts.add_row("metrics", f"{prepared.url}/metrics")
+    if prepared.unchecked is not None:
+        facts.add_row("vLLM", f"{prepared.unchecked}, which Trimtab has not been checked with")
     console.print(Panel(facts, title="Trimtab", title_align="left", expand=False))
     if not catalogue.entries:
         console.print("no policies: nothing will be steered (see --policies)")

@@ -5,6 +5,7 @@ Those that need vLLM's parser, which takes seconds to import, are marked with th
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -35,7 +36,13 @@ def test_help_answers_at_once_and_imports_neither_torch_nor_vllm(tmp_path: Path)
     done = run(tmp_path, "serve", "--help")
     seconds = time.monotonic() - started
     assert done.returncode == 0
-    for flag in ("--policies", "--default-policy", "--slots", "--max-body-bytes", "--vllm-help"):
+    for flag in (
+        "--policies",
+        "--default-policy",
+        "--slots",
+        "--allow-unchecked-vllm",
+        "--vllm-help",
+    ):
         assert flag in done.stdout
     assert "vLLM" in done.stdout
     assert seconds < 10
@@ -108,6 +115,27 @@ def test_what_would_not_be_steered_is_refused_with_a_reason(
     assert done.returncode == 2
     assert "E_SERVE_UNSUPPORTED" in last_line(done)
     assert said in last_line(done)
+
+
+@pytest.mark.engine
+def test_a_vllm_that_was_not_checked_needs_a_flag_and_is_named(tmp_path: Path) -> None:
+    # As if Trimtab had been checked with another release, in every process of the server.
+    customised = tmp_path / "site"
+    customised.mkdir()
+    (customised / "sitecustomize.py").write_text(
+        "import steering.engine.touchpoints as t\nt.CHECKED_VERSIONS = ('0.1',)\n"
+    )
+    path = os.pathsep.join([str(customised), os.environ.get("PYTHONPATH", "")])
+    done = run(tmp_path, "serve", "/nowhere", PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "E_VLLM_VERSION at vllm: vLLM 0.3" in done.stderr
+    assert "--allow-unchecked-vllm" in done.stderr
+    assert last_line(done).endswith("expected: 0.1")
+    # With it the start goes on, to the model that is not there.
+    done = run(tmp_path, "serve", "/nowhere", "--allow-unchecked-vllm", PYTHONPATH=path)
+    assert done.returncode == 3
+    assert "which Trimtab has not been checked with" in done.stdout
+    assert "E_VLLM_VERSION" not in done.stdout + done.stderr
 
 
 @pytest.mark.engine
