@@ -98,7 +98,8 @@ class WorkerRequests:
             stamp = read_stamp(extra_args)
             if stamp is None or self._stamps.get(request_id) == stamp:
                 return
-            self.leave(request_id)
+            if request_id in self.placements:
+                self.leave(request_id)
             self._place(request_id, stamp)
             self._placed[request_id] = (True, None)
         except KeyError:

@@ -203,6 +203,7 @@ class SteeringWorker:
             "unavailable": dict(self.unavailable),
             "num_layers": self.num_layers,
             "hidden_size": self.tables.sizes.hidden_size,
+            "num_heads": self.tables.sizes.num_heads * self.tensor_parallel,
             "num_slots": self.tables.sizes.num_slots,
             "pinned_slots": self.tables.pinned,
             "evictions": self.tables.evictions,

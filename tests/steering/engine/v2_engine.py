@@ -24,7 +24,9 @@ def batch_of(world: Any) -> list[Any]:
     from tests.steering.engine.harness import Request
 
     prompts = [tuple(world.prompt(question)) for question in QUESTIONS]
-    requests = [Request(prompt, max_tokens=MAX_TOKENS) for prompt in prompts]
+    # The floor is the largest difference that is seen among plain requests, so there are several.
+    plain = [*prompts, *(prompt[::-1] for prompt in prompts), *(prompt[5:] for prompt in prompts)]
+    requests = [Request(prompt, max_tokens=MAX_TOKENS) for prompt in plain]
     for n, policy in enumerate(world.policies):
         requests.append(Request(prompts[n % 2], policy, max_tokens=MAX_TOKENS))
     return [*requests, Request(prompts[0], "every", -1.0, max_tokens=MAX_TOKENS)]
