@@ -41,7 +41,12 @@ def find_decoder_layers(model: nn.Module, num_layers: int) -> list[tuple[int, nn
             forward pass of a layer has been replaced.
     """
     counts = [(_count_layers(found), found) for found in _module_lists(model)]
-    fitting = [found for count, found in counts if count == num_layers == len(found)]
+    # Some models hold the same layers in a second list.
+    fitting = {
+        tuple(id(layer) for layer in found): found
+        for count, found in counts
+        if count == num_layers == len(found)
+    }
     if len(fitting) != 1:
         best = max((count for count, _ in counts), default=0)
         found = (
@@ -56,7 +61,8 @@ def find_decoder_layers(model: nn.Module, num_layers: int) -> list[tuple[int, nn
             field="model",
             expected=f"one list of {num_layers} layers with attention",
         )
-    layers = [(n, layer) for n, layer in enumerate(fitting[0]) if not _is_elsewhere(layer)]
+    (stack,) = fitting.values()
+    layers = [(n, layer) for n, layer in enumerate(stack) if not _is_elsewhere(layer)]
     for number, layer in layers:
         if "forward" in vars(layer):
             raise TrimtabError(
@@ -69,35 +75,47 @@ def find_decoder_layers(model: nn.Module, num_layers: int) -> list[tuple[int, nn
     return layers
 
 
-def check_stream(stream: Any, number: int, hidden_size: int) -> None:
-    """Refuse a residual stream that does not have one row for each token.
+def residual_stream(
+    output: Any, number: int, hidden_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tensor of a decoder layer's output whose change changes the stream, and what is added to it.
 
-    Models that keep several streams, or that wind them into one wide row, would otherwise be edited in
-    the wrong place. A stream cut along its tokens looks the same and has to be refused by configuration.
+    Models that keep several streams, or that wind them into one wide row, would be edited in the wrong
+    place, so the shape is checked as well. A stream that is cut along its tokens looks like any other and
+    has to be refused by configuration.
 
     Args:
-        stream: what the layer's output holds for the stream: ``[T, hidden_size]``, or
-            ``[1, T, hidden_size]`` from vLLM's Transformers backend.
+        output: ``(hidden_states, residual)``, whose sum is the stream and whose second part is edited,
+            ``(stream, None)``, ``(stream,)`` or the stream itself.
         number: the layer's, for the message.
         hidden_size: the configuration's.
 
+    Returns:
+        Each ``[T, hidden_size]``, or ``[1, T, hidden_size]`` from vLLM's Transformers backend; the second is
+        ``None`` where the first is the whole stream.
+
     Raises:
-        TrimtabError: ``E_SITE_FORM``.
+        TrimtabError: ``E_SITE_FORM``; the first forward pass raises it or none does, since a layer's form
+            does not depend on the batch.
     """
-    shape = tuple(stream.shape) if isinstance(stream, torch.Tensor) else None
-    fits = (
-        shape is not None
-        and shape[-1:] == (hidden_size,)
-        and (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1))
-    )
-    if not fits:
-        found = type(stream).__name__ if shape is None else f"shape {list(shape)}"
-        raise TrimtabError(
-            "E_SITE_FORM",
-            f"the stream after layer {number} is not one row of {hidden_size} for each token: {found}",
-            field="model",
-            expected=f"[tokens, {hidden_size}] or [1, tokens, {hidden_size}]",
-        )
+    stream = output
+    if isinstance(output, tuple) and 1 <= len(output) <= 2:
+        stream = output[_place(output)]
+    if not isinstance(stream, torch.Tensor):
+        raise _no_stream(number, hidden_size, f"it returns {_names(output)}")
+    shape = stream.shape
+    if shape[-1] != hidden_size or not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)):
+        raise _no_stream(number, hidden_size, f"it has the shape {list(shape)}")
+    rest = output[0] if isinstance(output, tuple) and _place(output) == 1 else None
+    return stream, rest
+
+
+def with_stream(output: Any, stream: torch.Tensor) -> Any:
+    """A decoder layer's output with another stream in the place of :func:`residual_stream`'s."""
+    if not isinstance(output, tuple):
+        return stream
+    place = _place(output)
+    return (*output[:place], stream, *output[place + 1 :])
 
 
 def find_attention(layer: nn.Module, number: int = 0) -> tuple[nn.Module, int, int]:
@@ -148,9 +166,9 @@ def find_blocks(layer: nn.Module, number: int = 0) -> tuple[nn.Module, nn.Module
     Raises:
         TrimtabError: ``E_SITE_BLOCK`` when the layer has another structure.
     """
-    weighty = [(name, child) for name, child in layer.named_children() if _mixes_features(child)]
+    children = list(layer.named_children())
     attending = [
-        (name, child) for name, child in weighty if any(_is_attention(m) for m in child.modules())
+        (name, child) for name, child in children if any(_is_attention(m) for m in child.modules())
     ]
     if len(attending) != 1:
         raise _no_block(number, "attention", attending)
@@ -158,7 +176,11 @@ def find_blocks(layer: nn.Module, number: int = 0) -> tuple[nn.Module, nn.Module
     # A block that only wraps one, say together with its norm, has an output of another meaning.
     if not any(_is_projection(child) for child in attention.children()):
         raise _no_block(number, "attention", [], f"{name} has no projection of its own")
-    rest = [(name, child) for name, child in weighty if child is not attention]
+    rest = [
+        (name, child)
+        for name, child in children
+        if child is not attention and _mixes_features(child)
+    ]
     if len(rest) != 1:
         raise _no_block(number, "MLP", rest)
     if any(p.dim() > 1 for p in layer.parameters(recurse=False)):
@@ -180,23 +202,18 @@ def find_final_norm(model: nn.Module, layers: NumberedLayers) -> nn.Module | Non
     Raises:
         TrimtabError: ``E_SITE_NORM`` when not exactly one module can be the norm.
     """
-    last = layers[-1][1]
-    parent, stack = next(
-        (parent, child)
-        for parent in model.modules()
-        for child in parent.children()
-        if isinstance(child, nn.ModuleList)
-        and any(layer is last for layer in child)
-        and all(any(layer is own for own in child) for _, layer in layers)
-    )
-    if _is_elsewhere(stack[-1]):
-        return None
-    siblings = list(parent.children())
-    norms = [module for module in siblings if _is_norm(module)]
-    if len(norms) > 1:
-        # One of them belongs to the embedding, which is made before the layers.
-        position = next(n for n, module in enumerate(siblings) if module is stack)
-        norms = [module for module in siblings[position + 1 :] if _is_norm(module)]
+    norms: list[nn.Module] = []
+    for parent in model.modules():
+        siblings = list(parent.children())
+        for position, stack in enumerate(siblings):
+            if isinstance(stack, nn.ModuleList) and _holds(stack, layers):
+                if _is_elsewhere(stack[-1]):
+                    return None
+                beside = [module for module in siblings if _is_norm(module)]
+                if len(beside) > 1:
+                    # One of them belongs to the embedding, which is made before the layers.
+                    beside = [module for module in siblings[position + 1 :] if _is_norm(module)]
+                norms += beside
     if len(norms) != 1:
         raise TrimtabError(
             "E_SITE_NORM",
@@ -206,6 +223,15 @@ def find_final_norm(model: nn.Module, layers: NumberedLayers) -> nn.Module | Non
             expected="one norm beside the list of decoder layers",
         )
     return norms[0]
+
+
+def _holds(stack: nn.ModuleList, layers: NumberedLayers) -> bool:
+    held = {id(module) for module in stack}
+    return all(id(layer) in held for _, layer in layers)
+
+
+def _place(output: tuple[Any, ...]) -> int:
+    return 0 if output[-1] is None else len(output) - 1
 
 
 def _module_lists(model: nn.Module) -> list[nn.ModuleList]:
@@ -249,6 +275,21 @@ def _mixes_features(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not _mixes_features(module)
+
+
+def _names(output: Any) -> str:
+    if isinstance(output, tuple):
+        return f"a tuple of {', '.join(type(part).__name__ for part in output) or 'nothing'}"
+    return type(output).__name__
+
+
+def _no_stream(number: int, hidden_size: int, reason: str) -> TrimtabError:
+    return TrimtabError(
+        "E_SITE_FORM",
+        f"the stream after layer {number} is not one row of {hidden_size} for each token: {reason}",
+        field="model",
+        expected=f"[tokens, {hidden_size}] or [1, tokens, {hidden_size}]",
+    )
 
 
 def _no_heads(number: int, reason: str) -> TrimtabError:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steering.engine.discovery import residual_stream, with_stream
 from steering.engine.gates import decide_on_host
 from steering.engine.step import Step
 from steering.engine.tables import KINDS
@@ -114,22 +115,6 @@ class LayerSite:
             )
 
 
-def residual_stream(output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tensor of a decoder layer's output whose change changes the stream, and what is added to it.
-
-    Raises:
-        TypeError: a form that is not known; raised by the first forward pass, before the server is
-            ready, since a layer's form does not depend on the batch.
-    """
-    if isinstance(output, torch.Tensor):
-        return output, None
-    if isinstance(output, tuple) and len(output) == 1 and isinstance(output[0], torch.Tensor):
-        return output[0], None
-    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], torch.Tensor):
-        return output[1], output[0]
-    raise TypeError(f"E_SITE_FORM: cannot steer a decoder layer that returns {type(output)}")
-
-
 def _hook_residual(
     number: int, step: Step, site: LayerSite | None
 ) -> Callable[[Any, Any, Any], Any]:
@@ -141,16 +126,17 @@ def _hook_residual(
     table = step.tables.add[number]
     count = step.counts[ADD, number : number + 1]
     edited = step.edited
+    hidden_size = step.tables.sizes.hidden_size
 
     def edit(module: Any, args: Any, output: Any) -> Any:
-        x, rest = residual_stream(output)
+        x, rest = residual_stream(output, number, hidden_size)
         if torch.compiler.is_compiling():
             if site is not None:
                 stream_(x, rest, module.trimtab_slots, module.trimtab_site)
             x = residual_add(
                 x, module.trimtab_table, module.trimtab_slots, module.trimtab_strengths
             )
-            return (*output[:-1], x) if isinstance(output, tuple) else x
+            return with_stream(output, x)
         if site is not None:
             site.stream(x, rest)
         if not step.on_host:
@@ -237,4 +223,4 @@ def hook_heads(attention: nn.Module, number: int, step: Step, num_heads: int) ->
             site.heads(out)
         return out
 
-    attention.forward = scaled  # type: ignore[method-assign]
+    attention.forward = scaled
