@@ -16,6 +16,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import steering.ops
 from directions.errors import TrimtabError
 from steering.engine.settings import EngineSettings
@@ -26,7 +28,8 @@ NAME = "trimtab"
 def operator_sources() -> tuple[Path, ...]:
     """The modules that end up in compiled code: the operators, and the hooks that call them."""
     operators = Path(str(steering.ops.__file__)).parent.glob("*.py")
-    return (*sorted(operators), Path(__file__).with_name("sites.py"))
+    hooks = (Path(__file__).with_name(name) for name in ("discovery.py", "sites.py"))
+    return (*sorted(operators), *hooks)
 
 
 def operators_digest() -> str:
@@ -60,6 +63,8 @@ def refuse_unsupported(config: Any) -> None:
         TrimtabError: ``E_ENGINE_MODE`` with the option and the reason.
     """
     parallel = config.parallel_config
+    model = config.model_config
+    passes = config.compilation_config.pass_config
     checks: list[tuple[bool, str, str]] = [
         (
             bool(parallel.use_ubatching),
@@ -69,6 +74,12 @@ def refuse_unsupported(config: Any) -> None:
         (
             bool(parallel.use_sequence_parallel_moe),
             "sequence-parallel MoE",
+            "a layer sees a shard of the tokens, so tokens and slots no longer correspond",
+        ),
+        (
+            # Not in every vLLM of the versions that are supported.
+            bool(getattr(passes, "enable_sp", False)),
+            "pass_config.enable_sp",
             "a layer sees a shard of the tokens, so tokens and slots no longer correspond",
         ),
         (
@@ -102,6 +113,17 @@ def refuse_unsupported(config: Any) -> None:
             "--speculative-config",
             "speculative decoding with steering has not been verified",
         ),
+        (
+            bool(model.is_encoder_decoder),
+            "an encoder-decoder model",
+            "layers and positions of the encoder and of the decoder are not told apart",
+        ),
+        (
+            model.dtype == torch.float16 and _scales_the_stream_in_float16(model.hf_text_config),
+            "--dtype float16",
+            "this model's layers keep the stream at a fraction of its size in float16, so an edit "
+            "would be too strong by the inverse; use bfloat16",
+        ),
     ]
     for unsupported, option, reason in checks:
         if unsupported:
@@ -122,6 +144,15 @@ def _runs_stages_without_buffers(config: Any) -> bool:
     if config.parallel_config.pipeline_parallel_size == 1 or not current_platform.is_cpu():
         return False
     return bool(envs.VLLM_CPU_CI_ENV or config.compilation_config.mode == CompilationMode.NONE)
+
+
+def _scales_the_stream_in_float16(text_config: Any) -> bool:
+    """Whether vLLM divides the stream by the experts' factor against overflow.
+
+    It does so for mixtures with latent attention (``deepseek_v2.py``, ``openpangu.py``, ``AXK1.py``).
+    """
+    latent = getattr(text_config, "kv_lora_rank", None) is not None
+    return latent and getattr(text_config, "routed_scaling_factor", None) not in (None, 1.0)
 
 
 def wrap_create_engine_config(engine_args_class: Any) -> None:
