@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,16 +23,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tiny_checkpoint(path: Path, *, seed: int = 0, num_layers: int = 4) -> Path:
-    """Save a random Llama with a byte-level tokenizer and a chat template.
-
-    Hidden size 64, 4 heads of width 32, 2 key/value heads, vocabulary 300, float32. The weights are
-    drawn wide enough that the next-token distribution is far from uniform, so that a test which
-    compares log-probabilities can see a wrong activation. The same seed gives the same bytes.
-    """
-    import torch
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer of 300 tokens with the chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,7 +50,20 @@ def build_tiny_checkpoint(path: Path, *, seed: int = 0, num_layers: int = 4) -> 
         model_max_length=512,
     )
     wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
 
+
+def build_tiny_checkpoint(path: Path, *, seed: int = 0, num_layers: int = 4) -> Path:
+    """Save a random Llama with a byte-level tokenizer and a chat template.
+
+    Hidden size 64, 4 heads of width 32, 2 key/value heads, vocabulary 300, float32. The weights are
+    drawn wide enough that the next-token distribution is far from uniform, so that a test which
+    compares log-probabilities can see a wrong activation. The same seed gives the same bytes.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wrapped = tiny_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=300,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 os.environ.update(
     TRIMTAB_ENGINE="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
     # Ranks share the cores; by default each wants some of its own.
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_NO_USAGE_STATS="1",
@@ -45,3 +45,15 @@ def demo_world(demo_model: Path, tmp_path_factory: pytest.TempPathFactory):
     standard_policies(world)
     every_kind(world)
     return world
+
+
+@pytest.fixture(scope="session")
+def serve_architecture(tmp_path_factory: pytest.TempPathFactory):
+    """An engine for one of the table's architectures by name, started when it is first asked for."""
+    from tests.steering.engine.architectures import ARCHITECTURES, serve
+
+    @functools.cache
+    def start(name: str):
+        return serve(ARCHITECTURES[name], tmp_path_factory.mktemp(name))
+
+    return start

@@ -102,18 +102,22 @@ class World:
 
 
 def build_world(
-    path: Path, store_root: Path, thinking: tuple[str, str] = ("<think>", "</think>")
+    path: Path,
+    store_root: Path,
+    thinking: tuple[str, str] = ("<think>", "</think>"),
+    **loading: Any,
 ) -> World:
     """Load a checkpoint and make random directions and probes whose size is the model's own.
 
     ``alpha`` and ``beta`` are directions; ``early``, ``middle``, ``top`` probes that read a quarter and half
     of the way up and the final norm, ``similar`` one with the cosine read-out; ``few`` is a head set.
+    ``loading`` goes to ``from_pretrained``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from directions.fingerprint import fingerprint
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **loading).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     world = World(
         path, model, tokenizer, fingerprint(path, weights=False), Store(store_root), thinking

@@ -1,121 +1,50 @@
-"""The residual stream is found and edited in each of the forms in which vLLM's models carry it."""
+"""The stream of every architecture is edited as the reference says, or the engine refuses the model."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import pytest
 
-from steering.engine import sites
-from steering.engine.control import activate_local
-from tests.steering.engine.harness import (
-    Request,
-    assert_parity,
-    build_world,
-    engine,
-    run,
-    standard_policies,
-)
+from directions.errors import TrimtabError
+from steering.reference import steered_logprobs
+from tests.steering.engine import checkpoints
+from tests.steering.engine.architectures import ARCHITECTURES, expert_capable_engine
+from tests.steering.engine.harness import Request, World, assert_parity, run
 
 pytestmark = pytest.mark.engine
 
 
-def build(name: str, path: Path, tokenizer_from: Path) -> Path:
-    """A random 4-layer checkpoint of another architecture, with the tiny checkpoint's tokenizer."""
-    import torch
-    from transformers import (
-        AutoTokenizer,
-        GPT2Config,
-        GPT2LMHeadModel,
-        Olmo2Config,
-        Olmo2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
-
-    torch.manual_seed(3)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    sizes = {
-        "vocab_size": 300,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.15,
-        **special,
-    }
-    model = {
-        "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**sizes)),
-        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=32, **sizes)),
-        "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=300,
-                n_positions=512,
-                n_embd=64,
-                n_layer=4,
-                n_head=2,
-                initializer_range=0.15,
-                bos_token_id=None,
-                **special,
-            )
-        ),
-    }[name]()
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+def assert_telling(world: World, prompt: tuple[int, ...]) -> None:
+    """The distributions are neither uniform nor degenerate, and depend on the text."""
+    rows = steered_logprobs(world.model, None, world.store, prompt, len(prompt))
+    entropy = float(-(rows.exp() * rows).sum(-1).mean())
+    assert 1.0 < entropy < math.log(rows.shape[1]) - 1.0, f"mean entropy {entropy:.2f} nats"
+    assert rows.argmax(-1).unique().numel() >= 8
+    assert float((rows[8:] - rows[7:-1]).abs().mean()) > 0.5
 
 
-@pytest.mark.parametrize(
-    ("name", "served_by", "form"),
-    [
-        ("qwen3", "Qwen3ForCausalLM", ("pair", 2)),
-        ("gpt2", "GPT2LMHeadModel", ("stream", 2)),
-        ("olmo2", "TransformersForCausalLM", ("stream", 3)),
-    ],
-)
-def test_the_engine_agrees_with_the_reference(
-    name, served_by, form, tiny_checkpoint, tmp_path, monkeypatch
-) -> None:
-    world = build_world(build(name, tmp_path / name, tiny_checkpoint), tmp_path / "store")
-    standard_policies(world)
-    for module in world.model.modules():
-        # vLLM's Transformers backend puts its compilation into the class that the reference shares.
-        module.do_not_compile = True
-    forms = set()
-    original = sites.residual_stream
-
-    def recording(output):
-        stream = original(output)
-        forms.add(("pair" if isinstance(output, tuple) else "stream", stream.dim()))
-        return stream
-
-    monkeypatch.setattr(sites, "residual_stream", recording)
-    with engine(world.path, kv_cache_memory_bytes=64 * 2**20) as llm:
-        (served,) = llm.apply_model(lambda model: type(model).__name__)
-        activate_local(llm, world.plans.values(), world.store)
-        prompts = [tuple(world.prompt(f"Wave {n} came from the sea.")) for n in range(4)]
-        requests = [Request(p, max_tokens=32) for p in prompts]
-        requests += [Request(prompts[0], policy, max_tokens=32) for policy in world.policies]
-        answers = run(llm, world, requests)
-    assert served == served_by
-    assert forms == {form}
-    assert_parity(world, answers, name)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_engine_agrees_with_the_reference(name, serve_architecture) -> None:
+    served = serve_architecture(name)
+    world = served.world
+    (served_by,) = served.llm.apply_model(lambda model: type(model).__name__)
+    assert served_by == ARCHITECTURES[name].served_by
+    prompts = [tuple(world.prompt(f"Wave {n} came from the sea.")) for n in range(12)]
+    assert_telling(world, prompts[0])
+    requests = [Request(p, max_tokens=24) for p in prompts]
+    requests += [Request(prompts[0], policy, max_tokens=24) for policy in world.policies]
+    assert_parity(world, run(served.llm, world, requests), name)
 
 
-def test_a_model_whose_layers_cannot_be_told_is_refused(tiny_world) -> None:
-    from torch import nn
+def test_a_model_of_several_streams_is_refused(tmp_path) -> None:
+    from vllm import SamplingParams
 
-    from directions.errors import TrimtabError
-
-    with pytest.raises(TrimtabError, match="configuration says 4") as caught:
-        sites.find_decoder_layers(nn.ModuleList([nn.Linear(2, 2)]), 4)
-    assert caught.value.code == "E_SITE_LAYERS"
-
-
-@pytest.mark.parametrize("output", [None, (1, 2), ("a", "b", "c"), {"hidden": 1}])
-def test_a_layer_whose_output_has_no_known_form_is_refused(output) -> None:
-    with pytest.raises(TypeError, match="E_SITE_FORM"):
-        sites.residual_stream(output)
+    path = checkpoints.gemma3n(tmp_path / "gemma3n")
+    with (
+        pytest.raises(TrimtabError, match=r"stream after layer 0 .* shape \[4, ") as caught,
+        expert_capable_engine(path) as llm,
+    ):
+        # The server's start-up proof is such a first request.
+        llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=1))
+    assert caught.value.code == "E_SITE_FORM"
