@@ -14,14 +14,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-CASES = ("idle", "one layer", "all layers", "all layers, a policy each")
+CASES = (
+    "idle",
+    "one layer",
+    "all layers",
+    "all layers, a policy each",
+    "all layers, 8 heads, 2 probes",
+)
 
 
 def plans_for(model: Path, store_root: Path, concurrency: int) -> dict[str, list[Any]]:
     """Compiled plans by case, one per concurrent request."""
     import numpy as np
 
-    from directions.card import CardDraft
+    from directions.card import CardDraft, ProbeDraft
     from directions.fingerprint import fingerprint
     from directions.store import Store
     from steering.plan import compile_policy
@@ -40,26 +46,52 @@ def plans_for(model: Path, store_root: Path, concurrency: int) -> dict[str, list
     )
     reference = store.put(draft, vectors, np.ones(size[0], dtype=bool), name="bench").reference
 
-    def plan(layers: str, strength: float) -> Any:
-        add = {"direction": reference, "layers": layers, "strength": strength}
-        return compile_policy(
-            parse_policy(
-                {
-                    "apiVersion": "trimtab/v1",
-                    "kind": "Policy",
-                    "name": "bench",
-                    "edits": {"edit": {"add": add}},
-                }
-            ),
-            store,
-            served,
-        )
+    weights = np.random.default_rng(1).standard_normal((2, size[1])).astype(np.float32) * 0.01
+    probe = store.put_probe(
+        ProbeDraft(
+            method="random",
+            model=served,
+            dtype="float32",
+            created="2026-01-01T00:00:00Z",
+            site="residual",
+            layer=size[0] // 2,
+            read_out="affine",
+            outputs=("one", "two"),
+        ),
+        weights,
+        [0.0, 0.0],
+        name="bench-probe",
+    ).reference
+
+    def add(layers: str, strength: float) -> dict[str, Any]:
+        return {"add": {"direction": reference, "layers": layers, "strength": strength}}
+
+    def plan(edits: dict[str, Any], **more: Any) -> Any:
+        document = {"apiVersion": "trimtab/v1", "kind": "Policy", "name": "bench", "edits": edits}
+        return compile_policy(parse_policy({**document, **more}), store, served)
 
     everywhere = f"0-{size[0] - 1}"
+    heads = [[size[0] - 1 - n, n % served.num_heads] for n in range(8)]
+    # Both probes are read at every token; their gates never open.
+    gates = {
+        name: {"probe": probe, "output": n, "at": "token", "above": 1 - 1e-9, "then": ["late"]}
+        for n, name in enumerate(("one", "two"))
+    }
+    full = plan(
+        {
+            "all": add(everywhere, 1.0),
+            "heads": {"scale_heads": {"heads": heads, "factor": 0.9}},
+            "late": add(str(size[0] - 1), 1.0),
+        },
+        gates=gates,
+    )
     return {
-        "one layer": [plan(str(size[0] // 2), 1.0)] * concurrency,
-        "all layers": [plan(everywhere, 1.0)] * concurrency,
-        "all layers, a policy each": [plan(everywhere, 1.0 + n / 64) for n in range(concurrency)],
+        "one layer": [plan({"edit": add(str(size[0] // 2), 1.0)})] * concurrency,
+        "all layers": [plan({"edit": add(everywhere, 1.0)})] * concurrency,
+        "all layers, a policy each": [
+            plan({"edit": add(everywhere, 1.0 + n / 64)}) for n in range(concurrency)
+        ],
+        "all layers, 8 heads, 2 probes": [full] * concurrency,
     }
 
 

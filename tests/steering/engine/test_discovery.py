@@ -56,7 +56,7 @@ class Watch:
 
     def hook_layer(self, number: int, module: nn.Module, hidden_size: int) -> None:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            stream = residual_stream(output, number, hidden_size)
+            stream, _ = residual_stream(output, number, hidden_size)
             self.forms.add(form(output, stream))
             whole = output[0] + stream if form(output, stream)[0] == "pair" else stream
             self.seen["layer", number].append(whole.clone())
@@ -329,11 +329,11 @@ OTHER = torch.ones(3, 8)
     [((OTHER, STREAM), 1), ((STREAM, None), 0), ((STREAM,), 0), (STREAM, None), (BATCHED, None)],
 )
 def test_the_stream_is_found_and_put_back_in_its_place(output, place) -> None:
-    stream = residual_stream(output, 0, 8)
+    stream, _ = residual_stream(output, 0, 8)
     assert stream is (output if place is None else output[place])
     changed = with_stream(output, OTHER + 1)
-    assert residual_stream(changed, 0, 8) is not stream
-    assert torch.equal(residual_stream(changed, 0, 8), OTHER + 1)
+    assert residual_stream(changed, 0, 8)[0] is not stream
+    assert torch.equal(residual_stream(changed, 0, 8)[0], OTHER + 1)
     if place is not None:
         assert len(changed) == len(output)
         assert all(
