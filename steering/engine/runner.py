@@ -22,6 +22,13 @@ REPORTS = "trimtab_reports"
 """Attribute of a ``ModelRunnerOutput`` that carries :meth:`Reports.resolve`."""
 
 
+_REASONS = {
+    KeyError: "plan_unknown",
+    NoFreeSlotError: "slots_exhausted",
+    NoFreeRowError: "slots_exhausted",
+}
+
+
 class RunnerAdapter(Protocol):
     """The rule book for an adapter.
 
@@ -102,15 +109,13 @@ class WorkerRequests:
                 self.leave(request_id)
             self._place(request_id, stamp)
             self._placed[request_id] = (True, None)
-        except KeyError:
-            self._placed[request_id] = (False, "plan_unknown")
-        except (NoFreeSlotError, NoFreeRowError):
-            self._placed[request_id] = (False, "slots_exhausted")
-        except Exception:
+        except Exception as error:
             if not self.heard:
                 raise
-            logger.exception("placing the plan of request %s failed", request_id)
-            self._placed[request_id] = (False, "internal")
+            reason = _REASONS.get(type(error), "internal")
+            if reason == "internal":
+                logger.exception("placing the plan of request %s failed", request_id)
+            self._placed[request_id] = (False, reason)
 
     def _place(self, request_id: str, stamp: Stamp) -> None:
         tables = self.step.tables
