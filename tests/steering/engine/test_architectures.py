@@ -30,7 +30,7 @@ def test_the_engine_agrees_with_the_reference(name, serve_architecture) -> None:
     world = served.world
     (served_by,) = served.llm.apply_model(lambda model: type(model).__name__)
     assert served_by == ARCHITECTURES[name].served_by
-    prompts = [tuple(world.prompt(f"Wave {n} came from the sea.")) for n in range(12)]
+    prompts = [tuple(world.prompt(f"Wave {n} came from the sea.")) for n in range(24)]
     assert_telling(world, prompts[0])
     requests = [Request(p, max_tokens=24) for p in prompts]
     requests += [Request(prompts[0], policy, max_tokens=24) for policy in world.policies]
