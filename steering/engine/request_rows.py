@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from steering.engine.tables import MAX_GATES, MAX_WINDOWS, NUM_CASES, Resident
+from steering.engine.transfer import to_device
 
 NEVER: Final = int(np.iinfo(np.int64).max)
 
@@ -51,6 +52,7 @@ class Placement:
         tracked: up to which position the thinking tracker's state is known.
         state: that state where the host knows it; ``None`` once the device has moved it on.
         computed: the highest number of tokens computed so far; what lies below is computed again.
+        told: what was last reported of its gates.
     """
 
     plan: str
@@ -61,6 +63,7 @@ class Placement:
     tracked: int = 0
     state: int | None = None
     computed: int = 0
+    told: list[Decision] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,6 @@ class RequestRows:
         self.windows = np.full((count, MAX_WINDOWS), np.iinfo(np.int32).max, dtype=np.int32)
         self._free = list(range(count - 1, 0, -1))
         self._gated: set[int] = set()
-        self._told: dict[int, list[Decision]] = {}
 
     def take(self, plan: str, resident: Resident, strength: float) -> Placement:
         """A fresh row for one request.
@@ -158,7 +160,6 @@ class RequestRows:
         row = placement.row
         if row in self._gated:
             self._gated.discard(row)
-            self._told.pop(row, None)
             # A row without gates is never looked at for them again.
             self.gates[row] = 0
             self.decides[row] = 0
@@ -174,29 +175,22 @@ class RequestRows:
             self.decides[placement.row, PROMPT_END_CASE] |= bits
 
     def _write(self, tensor: torch.Tensor, row: int, values: np.ndarray[Any, Any]) -> None:
-        tensor[row] = torch.from_numpy(values).to(self.device)
+        tensor[row] = to_device(values, self.device)
 
     def snapshot(self, placements: Sequence[tuple[str, Placement]]) -> Snapshot | None:
         """The gates of these requests as they stand once the work queued so far is done."""
         gated = [(name, p) for name, p in placements if p.row in self._gated]
         if not gated:
             return None
-        rows = torch.tensor([p.row for _, p in gated], device=self.device)
+        rows = to_device(np.array([p.row for _, p in gated], dtype=np.int64), self.device)
         columns = (self.is_open, self.decided_at, self.score, self.first_open, self.opened)
         copies = [column.index_select(0, rows) for column in columns]
         if self.device.type == "cpu":
-            return Snapshot(self, gated, copies, None)
+            return Snapshot(gated, copies, None)
         copies = [copy.to("cpu", non_blocking=True) for copy in copies]
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return Snapshot(self, gated, copies, event)
-
-    def news(self, placement: Placement, decisions: list[Decision]) -> bool:
-        """Whether this is not what was told last about a request; it is from now on."""
-        if self._told.get(placement.row) == decisions or placement.row not in self._gated:
-            return False
-        self._told[placement.row] = decisions
-        return True
+        return Snapshot(gated, copies, event)
 
 
 class Snapshot:
@@ -204,12 +198,10 @@ class Snapshot:
 
     def __init__(
         self,
-        rows: RequestRows,
         gated: list[tuple[str, Placement]],
         columns: list[torch.Tensor],
         event: torch.cuda.Event | None,
     ) -> None:
-        self._rows = rows
         self._gated = gated
         self._columns = columns
         self._event = event
@@ -228,7 +220,9 @@ class Snapshot:
                 else _per_token(gate.name, int(first_open[n, g]), int(opened[n, g]))
                 for g, gate in enumerate(gates)
             ]
-            if self._rows.news(placement, decisions):
+            # By request and not by row: this may run after the row has gone to another.
+            if placement.told != decisions:
+                placement.told = decisions
                 found[request_id] = decisions
         return found
 

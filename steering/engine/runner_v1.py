@@ -8,6 +8,8 @@ Extension points, checked against vLLM 0.32 and 0.33 (``v1/worker/gpu_model_runn
   on the device are final when the original returns.
 * ``GPUModelRunner.sample_tokens(grammar_output)``: returns the step's output, or with asynchronous
   scheduling an object that yields it later.
+* ``GPUModelRunner._dummy_run(…)``: profiling, warm-up, and the empty steps of a data-parallel rank; they
+  do not come through ``_prepare_inputs`` and must be plain.
 * ``InputBatch``: ``num_reqs``, ``req_ids``, ``num_computed_tokens_cpu``, ``num_prompt_tokens``,
   ``token_ids_cpu``.
 """
@@ -58,6 +60,10 @@ class RunnerV1Adapter:
                     )
                 )
                 return prepared
+
+            def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+                requests.step.clear()
+                return super()._dummy_run(*args, **kwargs)
 
             def sample_tokens(self, grammar_output: Any) -> Any:
                 output = super().sample_tokens(grammar_output)

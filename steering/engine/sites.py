@@ -74,7 +74,30 @@ class LayerSite:
 
         step, tables, layer = self.step, self.step.tables, self.layer
         if self.gates:
-            gate_triton.launch(x, rest, layer, step, tables, step.requests)
+            requests = step.requests
+            tensors = gate_triton.GateTensors(
+                weight=tables.gate_weight,
+                bias=tables.gate_bias,
+                bounds=tables.gate_bounds,
+                read_out=tables.gate_read_out,
+                gate_layer=tables.gate_layer,
+                gates=requests.gates,
+                latched=requests.latched,
+                is_open=requests.is_open,
+                decided_at=requests.decided_at,
+                score=requests.score,
+                first_open=requests.first_open,
+                opened=requests.opened,
+                case_slots=requests.case_slots,
+                rows=step.rows,
+                cases=step.cases,
+                positions=step.positions,
+                decides=step.decides,
+                masks=step.masks,
+                slots=step.slots,
+                layer_counts=step.gate_counts,
+            )
+            gate_triton.launch(x, rest, layer, tensors)
         if self.table is not None:
             site = KINDS[self.table]
             project_triton.launch(

@@ -28,6 +28,7 @@ import torch
 
 from steering.engine.request_rows import THINK_END_CASES, Placement, RequestRows
 from steering.engine.tables import IDENTITY, KINDS, MAX_GATES, SteeringTables
+from steering.engine.transfer import to_device
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -259,7 +260,7 @@ class Step:
     def _track_on_device(self, decoding: IntArray, input_ids: torch.Tensor) -> None:
         tracker = self.tracker
         assert tracker is not None
-        index = torch.from_numpy(decoding).to(self.tables.device, non_blocking=True)
+        index = to_device(decoding, self.tables.device)
         rows = self.rows.index_select(0, index).long()
         states = tracker.transitions[
             self.requests.state.index_select(0, rows).long(),
@@ -296,12 +297,11 @@ class Step:
         """Make known at which layers gates are decided in this pass."""
         # Bit 8: the token was computed before, so a gate per token does not count it twice.
         if again.any():
-            self.decides[:tokens] |= torch.from_numpy(again.astype(np.int32) << 8).to(
-                self.tables.device
-            )
+            self.decides[:tokens] |= to_device(again.astype(np.int32) << 8, self.tables.device)
         if not self.on_host:
-            layers = {gate.layer for p in gated for gate in p.resident.plan.gates}
-            self.gate_counts[list(layers)] = 1
+            counts = np.zeros(len(self.gate_counts), dtype=np.int32)
+            counts[[gate.layer for p in gated for gate in p.resident.plan.gates]] = 1
+            self._send(self.gate_counts, counts)
             return
         decides = self.decides[:tokens].numpy()
         for g in range(MAX_GATES):
@@ -339,18 +339,15 @@ class Step:
         self.edited.fill(0)
         for p, tokens in zip(placements, scheduled, strict=True):
             if p is not None:
-                touched = self.tables.live[:, :, list(p.resident.slots)].any(axis=2)
-                self.edited += touched * np.int32(tokens)
+                self.edited += p.resident.touched * np.int32(tokens)
         self.uniform = None
         self._send(self.counts.view(-1), self.edited.reshape(-1))
 
     def _send(self, buffer: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         if self.on_host:
             buffer[: len(values)].numpy()[:] = values
-            return
-        # A fresh pinned copy each time: the allocator hands it out again only once the copy is done.
-        pinned = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
-        buffer[: len(values)].copy_(pinned, non_blocking=True)
+        else:
+            buffer[: len(values)].copy_(to_device(values, self.tables.device))
 
 
 def _simple_slots(placements: Sequence[Placement | None], batch: Batch) -> IntArray:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from steering.engine.payload import READ_OUTS, PlanPayload, RowPayload
+from steering.engine.transfer import to_device
 from steering.ops.project import SITES
 
 IDENTITY: Final = 0
@@ -77,12 +78,14 @@ class Resident:
         plan: what it is.
         case_slots: ``[2**gates, cases] int32``: the slot for each set of open gates and each case.
         entries: each gate's row in the gate tables.
+        touched: ``[tables, L] int32``: 1 where one of its slots has something.
     """
 
     plan: PlanPayload
     slots: tuple[int, ...]
     case_slots: np.ndarray[Any, np.dtype[np.int32]]
     entries: tuple[int, ...]
+    touched: np.ndarray[Any, np.dtype[np.int32]]
 
 
 class SteeringTables:
@@ -255,7 +258,9 @@ class SteeringTables:
             [[IDENTITY if row is None else slots[row] for row in cases] for cases in plan.cases],
             dtype=np.int32,
         )
-        resident = self._resident[plan.id] = Resident(plan, slots, case_slots, entries)
+        touched = np.asarray(self.live[:, :, list(slots)].any(axis=2), dtype=np.int32)
+        resident = Resident(plan, slots, case_slots, entries, touched)
+        self._resident[plan.id] = resident
         return resident
 
     def _take(self, wanted: int) -> tuple[int, ...]:
@@ -284,8 +289,8 @@ class SteeringTables:
                 self.parameters[site][:, slot].zero_()
             self.live[:, :, slot] = 0
         if row.layers:
-            index = torch.tensor(row.layers, device=device)
-            self.add[index, slot] = torch.from_numpy(row.vectors.copy()).to(device)
+            index = to_device(np.array(row.layers, dtype=np.int64), device)
+            self.add[index, slot] = to_device(row.vectors, device)
             self.live[KINDS.index("add"), list(row.layers), slot] = 1
         # A rank scales its own heads; a layer that keeps its norm does so only where a head is scaled.
         scaled = np.zeros((sizes.num_layers, self.heads.shape[2]), dtype=np.float32)
@@ -295,7 +300,7 @@ class SteeringTables:
             if 0 <= local < sizes.num_heads:
                 scaled[layer, local] = deviation
         if row.heads:
-            self.heads[:, slot] = torch.from_numpy(scaled).to(device)
+            self.heads[:, slot] = to_device(scaled, device)
             for layer in row.renormalise:
                 self.renormalise[layer, slot] = True
         depths: dict[tuple[int, int], int] = {}
@@ -306,16 +311,16 @@ class SteeringTables:
             self.basis[site][p.layer, slot, depth:end] = torch.from_numpy(p.vectors.copy()).to(
                 device
             )
-            self.parameters[site][p.layer, slot, depth] = torch.tensor(
-                [p.mode, *p.parameters], dtype=torch.float32, device=device
-            )
+            numbers = np.array([p.mode, *p.parameters], dtype=np.float32)
+            self.parameters[site][p.layer, slot, depth] = to_device(numbers, device)
             self.used[site][p.layer, slot] = end
             self.live[KINDS.index(site), p.layer, slot] = 1
 
     def _write_gate(self, entry: int, gate: Any) -> None:
-        self.gate_weight[entry] = torch.from_numpy(gate.weight.copy()).to(self.device)
+        self.gate_weight[entry] = to_device(gate.weight, self.device)
         self.gate_bias[entry] = gate.bias
-        self.gate_bounds[entry] = torch.tensor([gate.low, gate.high], device=self.device)
+        bounds = np.array([gate.low, gate.high], dtype=np.float32)
+        self.gate_bounds[entry] = to_device(bounds, self.device)
         self.gate_read_out[entry] = READ_OUTS.index(gate.read_out)
         self.gate_layer[entry] = gate.layer
         self.host_gate_layer[entry] = gate.layer

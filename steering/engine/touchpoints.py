@@ -106,6 +106,7 @@ TOUCHPOINTS = (
         "GPUModelRunner._prepare_inputs",
         ("self", "scheduler_output", "num_scheduled_tokens"),
     ),
+    Touchpoint("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run", ("self",)),
     Touchpoint(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner.sample_tokens",
