@@ -68,8 +68,9 @@ class TrimtabEndpoint:
         self, settings: Settings, engine_client: Any, state: State, args: Namespace
     ) -> None:
         from server.metrics import request_metrics, several_processes
+        from server.status import site_status
         from server.versions import installed_versions
-        from steering.engine.control import activate
+        from steering.engine.control import activate, rank_status
         from steering.engine.proof import prove
 
         if engine_client is None:
@@ -86,6 +87,7 @@ class TrimtabEndpoint:
             proof.floor,
             proof.least_effect,
         )
+        state.trimtab_sites = site_status(await rank_status(engine_client), settings.thinking)
         models = state.openai_serving_models
         metrics = request_metrics()
         service = Service(

@@ -17,12 +17,12 @@ import shutil
 import tempfile
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from directions.card import ModelFingerprint
 from directions.errors import TrimtabError
@@ -30,8 +30,11 @@ from directions.progress import Progress, silent
 from server import plugin_list, vllm_command
 from server.catalogue import OFF, Catalogue, Entry
 from server.settings import Settings
-from steering.engine.settings import EngineSettings
+from steering.engine.settings import SITE_NAMES, EngineSettings
 from steering.engine.touchpoints import ALLOW_UNCHECKED, check_version
+
+if TYPE_CHECKING:
+    from steering.plan import Plan
 
 LOCAL: Final = "127.0.0.1"
 
@@ -60,6 +63,8 @@ class Options:
         engine: sizes and sites of the engine's side.
         relative_ceiling: largest strength in units of a layer's mean activation norm.
         max_body_bytes: longest request body that is read.
+        auto_sites: hook the sites that the policies need, whatever ``engine`` says.
+        thinking: the texts that begin and end the model's thinking; None: told from the checkpoint.
     """
 
     policies: Path | None
@@ -67,6 +72,8 @@ class Options:
     engine: EngineSettings
     relative_ceiling: float
     max_body_bytes: int
+    auto_sites: bool = True
+    thinking: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,16 @@ class Prepared:
         args: vLLM's arguments.
         catalogue: the policies.
         url: where clients find the server.
+        engine: sizes and sites of the engine's side, as the policies need them.
+        thinking: the texts that begin and end the model's thinking, where they are known.
         unchecked: the version of a vLLM that Trimtab was not checked with, which was asked for.
     """
 
     args: Namespace
     catalogue: Catalogue
     url: str
+    engine: EngineSettings
+    thinking: tuple[str, str] | None = None
     unchecked: str | None = None
 
     @property
@@ -139,10 +150,9 @@ def prepare(
     """Parse vLLM's arguments and compile the policies for the model they name.
 
     Raises:
-        TrimtabError: ``E_OPTION``, ``E_SERVE_UNSUPPORTED``, ``E_MODEL_…``, ``E_POLICY_UNKNOWN`` for
-        a
-            default policy that is not served, ``E_VLLM_VERSION``; PolicyErrors with every fault of the
-            policies.
+        TrimtabError: ``E_OPTION``, ``E_SERVE_UNSUPPORTED``, ``E_MODEL_…``, ``E_POLICY_UNKNOWN`` for a
+            default policy that is not served, ``E_VLLM_VERSION``, ``E_SITES`` for a policy that acts
+            on a site that is left out; PolicyErrors with every fault of the policies.
     """
     from steering.policy_files import load_policies
 
@@ -163,16 +173,54 @@ def prepare(
     if args.host is None and not args.uds:
         args.host = LOCAL
     entries = []
+    plans: dict[str, Plan] = {}
+    thinking = options.thinking
     if policies:
         from directions.store import Store
         from steering.policy_files import compile_policies
 
-        model = _fingerprint(args, progress)
+        template = _given_template(args)
+        model = _fingerprint(args, template, progress)
+        thinking = thinking or _markers(args, template)
         plans = compile_policies(
-            policies, Store(), model, relative_ceiling=options.relative_ceiling
+            policies,
+            Store(),
+            model,
+            relative_ceiling=options.relative_ceiling,
+            thinking=thinking,
         )
         entries = [Entry(policy, plans[name]) for name, policy in policies.items()]
-    return Prepared(args, Catalogue.of(entries, default=default), _url(args), unchecked)
+    engine = options.engine
+    if options.auto_sites:
+        engine = replace(engine, sites=needed_sites(plans.values()))
+    _refuse_left_out(plans, engine)
+    catalogue = Catalogue.of(entries, default=default)
+    return Prepared(args, catalogue, _url(args), engine, thinking, unchecked)
+
+
+def needed_sites(plans: Iterable[Plan]) -> tuple[str, ...]:
+    """The sites that plans act on or read, of :data:`steering.engine.settings.SITE_NAMES`.
+
+    Additions to the stream are always among them: the start-up proof is made of those.
+    """
+    found = {"add"}
+    for plan in plans:
+        found |= {"heads"} & plan.kinds | {p.site for row in plan.rows for p in row.projections}
+        if plan.gates:
+            found.add("gates")
+    return tuple(site for site in SITE_NAMES if site in found)
+
+
+def _refuse_left_out(plans: Mapping[str, Plan], engine: EngineSettings) -> None:
+    for name, plan in plans.items():
+        missing = [site for site in needed_sites([plan]) if site not in engine.sites]
+        if missing:
+            raise TrimtabError(
+                "E_SITES",
+                f"policy {name} needs {' and '.join(missing)}, which --steering-sites leaves out",
+                field="--steering-sites",
+                expected=", ".join(needed_sites(plans.values())),
+            )
 
 
 def serve(prepared: Prepared, max_body_bytes: int) -> None:
@@ -181,6 +229,8 @@ def serve(prepared: Prepared, max_body_bytes: int) -> None:
     Raises:
         TrimtabError: the reason why the server could not start, or why it ended on its own.
     """
+    # Again, as the policies have had their say on what is hooked.
+    os.environ.update(prepared.engine.to_environment())
     with _settings(prepared, max_body_bytes) as settings:
         try:
             vllm_command.run(prepared.args)
@@ -211,7 +261,7 @@ def _stopped(sentence: str) -> TrimtabError:
 def _settings(prepared: Prepared, max_body_bytes: int) -> Iterator[Settings]:
     folder = tempfile.mkdtemp(prefix="trimtab-serve-")
     try:
-        settings = Settings(folder, max_body_bytes)
+        settings = Settings(folder, max_body_bytes, prepared.thinking)
         settings.catalogue_path.write_text(json.dumps(prepared.catalogue.to_json()))
         os.environ.update(settings.to_environment())
         yield settings
@@ -226,7 +276,24 @@ def _refuse_unsupported(args: Namespace) -> None:
             raise TrimtabError("E_SERVE_UNSUPPORTED", f"{flag}: {reason}", field=flag)
 
 
-def _fingerprint(args: Namespace, progress: Progress) -> ModelFingerprint:
+def _given_template(args: Namespace) -> str | None:
+    """The chat template that vLLM is told to use instead of the checkpoint's."""
+    if args.chat_template is None:
+        return None
+    from vllm.renderers.chat_utils import load_chat_template
+
+    template: str = load_chat_template(args.chat_template)
+    return template
+
+
+def _markers(args: Namespace, template: str | None) -> tuple[str, str] | None:
+    from directions.checkpoint import local_checkpoint
+    from steering.thinking_markers import detect_markers
+
+    return detect_markers(local_checkpoint(args.model), template)
+
+
+def _fingerprint(args: Namespace, template: str | None, progress: Progress) -> ModelFingerprint:
     """The fingerprint of what vLLM is about to serve, its flags taken into account."""
     from directions.fingerprint import fingerprint
 
@@ -237,10 +304,7 @@ def _fingerprint(args: Namespace, progress: Progress) -> ModelFingerprint:
             field="--tokenizer",
         )
     found = fingerprint(args.model, progress=progress)
-    if args.chat_template is not None:
-        from vllm.renderers.chat_utils import load_chat_template
-
-        template: str = load_chat_template(args.chat_template)
+    if template is not None:
         digest = hashlib.sha256(template.encode()).hexdigest()
         found = found.model_copy(update={"chat_template_sha256": digest})
     return found

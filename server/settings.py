@@ -28,10 +28,12 @@ class Settings:
     Attributes:
         folder: private to this server: the catalogue, and the reason of a failed start.
         max_body_bytes: the longest request body that is read.
+        thinking: the texts that begin and end the model's thinking, where they are known.
     """
 
     folder: str
     max_body_bytes: int
+    thinking: tuple[str, str] | None = None
 
     def to_environment(self) -> dict[str, str]:
         """The variables that carry the settings to the processes vLLM starts."""
@@ -41,7 +43,11 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings | None:
         """The settings that the launcher left, or None where it did not start this process."""
         text = environment.get(VARIABLE)
-        return None if text is None else cls(**json.loads(text))
+        if text is None:
+            return None
+        data = json.loads(text)
+        thinking = data["thinking"]
+        return cls(**{**data, "thinking": None if thinking is None else tuple(thinking)})
 
     @property
     def catalogue_path(self) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
@@ -34,6 +35,26 @@ class ProofStatus(BaseModel):
     least_effect: float = Field(description="smallest effect of the known edit over the layers")
 
 
+class ThinkingStatus(BaseModel):
+    """The texts between which the model thinks."""
+
+    start: str
+    end: str
+
+
+class SiteStatus(BaseModel):
+    """What of the model can be edited and read."""
+
+    hooked: dict[str, list[int]] = Field(
+        description="layers at which each site is hooked; gates read the final norm as the layer "
+        "after the last"
+    )
+    unavailable: dict[str, str] = Field(
+        description="sites that were asked for and that this model does not have, with the reason"
+    )
+    thinking: ThinkingStatus | None = Field(description="null where they are not known")
+
+
 class SteeringStatus(BaseModel):
     """The answer."""
 
@@ -42,6 +63,7 @@ class SteeringStatus(BaseModel):
     policies: list[PolicyStatus]
     slots: dict[str, int] = Field(description="this process's share, by state")
     proof: ProofStatus
+    sites: SiteStatus
     versions: dict[str, str | None]
 
 
@@ -58,6 +80,7 @@ async def steering_status(request: Request) -> SteeringStatus:
         policies=policy_statuses(state.trimtab.catalogue),
         slots=state.trimtab.ledger.snapshot(),
         proof=proof_status(state.trimtab_proof),
+        sites=state.trimtab_sites,
         versions=installed_versions(),
     )
 
@@ -77,6 +100,26 @@ def policy_statuses(catalogue: Catalogue) -> list[PolicyStatus]:
         )
         for entry in catalogue.entries.values()
     ]
+
+
+def site_status(ranks: Sequence[Mapping[str, Any]], thinking: tuple[str, str] | None) -> SiteStatus:
+    """What all ranks together hook.
+
+    Args:
+        ranks: as :func:`steering.engine.control.rank_status` gives them.
+        thinking: the markers.
+    """
+    hooked: dict[str, set[int]] = {}
+    unavailable: dict[str, str] = {}
+    for rank in ranks:
+        unavailable.update(rank["unavailable"])
+        for site, layers in rank["hooked"].items():
+            hooked.setdefault(site, set()).update(layers)
+    return SiteStatus(
+        hooked={site: sorted(layers) for site, layers in hooked.items()},
+        unavailable=unavailable,
+        thinking=None if thinking is None else ThinkingStatus(start=thinking[0], end=thinking[1]),
+    )
 
 
 def proof_status(proof: Proof) -> ProofStatus:

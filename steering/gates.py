@@ -9,11 +9,15 @@ of the final norm, which counts as the layer after the last. With ``h`` what it 
 
 and the gate is open iff ``low < score < high``. When it is decided is said by ``at``:
 
-* ``token``: for each token by itself, for the token's later layers only.
+* ``token``: for each token in the scope of an edit that it opens by itself, for the token's later
+  layers only.
 * ``prompt_end``: at the last prompt token, for the rest of its layers and for all later tokens.
-* ``think_end``: at every token that ends the thinking, for the rest of its layers and for later
-  tokens; also at the last prompt token if the prompt ends just after its thinking. A token that
-  decides begins with the gate closed.
+* ``think_end``: where thinking first ends, for the rest of the token's layers and for all later
+  tokens. That is at each token of the first unbroken run of ``think_end`` tokens, which begins with
+  the last prompt token if the prompt ends just after its thinking; for what follows, the latest
+  decision counts. Ends of thinking after that run decide nothing.
+
+A token at which a gate is decided begins with it closed.
 
 Before its first decision a gate is closed. An edit that gates name is in force where its scope holds
 and at least one of them is open.

@@ -472,7 +472,7 @@ def _refuse_unmarked(policy: Policy, target: Target) -> None:
             "E_THINKING_MARKERS",
             place,
             "it is not known how this model marks its thinking; name the texts that begin and end "
-            "it, or use scopes and gates that do without",
+            "it with --think-start and --think-end, or use scopes and gates that do without",
         )
 
 

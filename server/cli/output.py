@@ -44,7 +44,7 @@ EXIT_OUTSIDE = 3
 EXIT_INTERRUPTED = 130
 
 # Codes whose cause lies outside Trimtab and outside what the caller typed.
-OUTSIDE_CODES = frozenset({"E_DOWNLOAD", "E_IO"})
+OUTSIDE_CODES = frozenset({"E_DOWNLOAD", "E_ENGINE", "E_IO"})
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output.")

@@ -11,12 +11,15 @@ import typer
 
 from directions.errors import TrimtabError
 from server.cli.output import JsonOption, command_output, progress_reporter
+from server.cli.thinking_flags import ThinkEnd, ThinkStart
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from steering.edits.scope import ScopePart
+    from steering.gates import Gate
     from steering.plan import Plan
-    from steering.policy import Policy
+    from steering.policy import Edit, Policy
     from steering.policy_errors import PolicyError
 
 app = typer.Typer(no_args_is_help=True, help="Check policies.")
@@ -42,18 +45,23 @@ def validate(
     relative_ceiling: Annotated[
         float, typer.Option(help="Largest relative strength that may be reached.", min=0.0)
     ] = 1.0,
+    think_start: ThinkStart = None,
+    think_end: ThinkEnd = None,
     json_output: JsonOption = False,
 ) -> None:
     """Check policies: their text, and with --model what they come to on a checkpoint.
 
     Ends with 0 if all is well, with 1 if anything is wrong.
     """
+    from directions.checkpoint import local_checkpoint
     from directions.store import Store
     from steering.plan import compile_policy, fingerprint_warnings
     from steering.policy_errors import PolicyErrors
     from steering.policy_files import check_policy_files, unresolved_artefacts
+    from steering.thinking_markers import detect_markers, given_markers
 
     with command_output(json_output) as out:
+        thinking = given_markers(think_start, think_end)
         files = _files(paths)
         policies, found = check_policy_files(files)
         errors = list(found)
@@ -64,10 +72,15 @@ def validate(
 
             with progress_reporter(out) as progress:
                 served = fingerprint(model, progress=progress)
+            thinking = thinking or detect_markers(local_checkpoint(model))
             for path, policy in policies.items():
                 try:
                     plans[path] = compile_policy(
-                        policy, Store(), served, relative_ceiling=relative_ceiling
+                        policy,
+                        Store(),
+                        served,
+                        relative_ceiling=relative_ceiling,
+                        thinking=thinking,
                     )
                 except PolicyErrors as error:
                     errors.extend(error.located(file=str(path)).errors)
@@ -119,12 +132,40 @@ def _summary(path: Path, policy: Policy, plan: Plan | None) -> dict[str, Any]:
         "onFailure": policy.on_failure,
         "strengthRange": list(policy.strength_range),
         "edits": {
-            name: {"kind": edit.kind, "scope": list(edit.scope), **edit.spec.references}
+            name: {
+                "kind": edit.kind,
+                "scope": [_part_json(part) for part in edit.scope],
+                **edit.spec.references,
+            }
             for name, edit in policy.edits.items()
         },
+        "gates": {name: _gate_json(gate) for name, gate in policy.gates.items()},
         "identity": policy.identity,
         "plan": plan.id if plan is not None else None,
     }
+
+
+def _part_json(part: ScopePart) -> str | dict[str, int]:
+    return part if isinstance(part, str) else {"first": part.first}
+
+
+def _gate_json(gate: Gate) -> dict[str, Any]:
+    return gate.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _edit_text(name: str, edit: Edit) -> str:
+    named = ", ".join(edit.spec.references.values())
+    scope = ", ".join(p if isinstance(p, str) else f"first {p.first}" for p in edit.scope)
+    return f"{name}: {edit.kind} {named}{' ' if named else ''}({scope})"
+
+
+def _gate_text(name: str, gate: Gate) -> str:
+    if gate.between is not None:
+        opens = f"between {gate.between[0]:g} and {gate.between[1]:g}"
+    else:
+        opens = f"above {gate.above:g}" if gate.above is not None else f"below {gate.below:g}"
+    read = f"{gate.probe}[{gate.output}]"
+    return f"{name}: {read} {opens} at {gate.at} opens {', '.join(gate.then)}"
 
 
 def _policies_table(policies: dict[Path, Policy]) -> Table:
@@ -132,16 +173,21 @@ def _policies_table(policies: dict[Path, Policy]) -> Table:
     from rich.text import Text
 
     table = Table(title="Policies")
-    for heading in ("name", "version", "mode", "edits", "identity"):
+    gated = any(policy.gates for policy in policies.values())
+    for heading in ("name", "version", "mode", "edits", *(["gates"] if gated else []), "identity"):
         table.add_column(heading)
     for policy in policies.values():
-        edits = "\n".join(
-            f"{name}: {edit.kind} {', '.join(edit.spec.references.values())}"
-            f" ({', '.join(edit.scope)})"
-            for name, edit in policy.edits.items()
-        )
+        cells = [
+            policy.name,
+            str(policy.version),
+            policy.mode,
+            "\n".join(_edit_text(name, edit) for name, edit in policy.edits.items()),
+            policy.identity[:12],
+        ]
+        if gated:
+            gates = [_gate_text(name, gate) for name, gate in policy.gates.items()]
+            cells.insert(4, "\n".join(gates))
         # As Text, because a name may hold what rich would take for markup.
-        cells = (policy.name, str(policy.version), policy.mode, edits, policy.identity[:12])
         table.add_row(*(Text(cell) for cell in cells))
     return table
 

@@ -22,16 +22,22 @@ from server.cli.output import (
     Output,
     progress_reporter,
 )
+from server.cli.thinking_flags import ThinkEnd, ThinkStart
 from server.settings import DEFAULT_MAX_BODY_BYTES, DEFAULT_RELATIVE_CEILING
 
 if TYPE_CHECKING:
-    from server.launch import Options, Prepared
+    from server.launch import Prepared
+    from steering.engine.settings import EngineSettings
 
 OWN_FLAGS: Final = (
     "--policies",
     "--default-policy",
     "--slots",
     "--steering-layers",
+    "--steering-sites",
+    "--projections",
+    "--think-start",
+    "--think-end",
     "--relative-ceiling",
     "--max-body-bytes",
     "--allow-unchecked-vllm",
@@ -76,6 +82,19 @@ def serve(
         str,
         typer.Option(metavar="LAYERS", help="Layers to hook, such as 8-20; others cost nothing."),
     ] = "all",
+    steering_sites: Annotated[
+        str,
+        typer.Option(
+            metavar="SITES",
+            help="Sites to hook, such as heads,gates; auto: those that the policies need.",
+        ),
+    ] = "auto",
+    projections: Annotated[
+        int | None,
+        typer.Option(help="Vectors that a policy may project on at one site of one layer."),
+    ] = None,
+    think_start: ThinkStart = None,
+    think_end: ThinkEnd = None,
     relative_ceiling: Annotated[
         float,
         typer.Option(help="Largest strength of unit 'relative' that a policy can reach.", min=0.0),
@@ -106,8 +125,14 @@ def serve(
         if vllm_help is not None:
             vllm_command.print_help(vllm_help)
             return
-        options = _options(
-            policies, default_policy, slots, steering_layers, relative_ceiling, max_body_bytes
+        options = launch.Options(
+            policies,
+            default_policy,
+            _engine_settings(slots, steering_layers, steering_sites, projections),
+            relative_ceiling,
+            max_body_bytes,
+            auto_sites=steering_sites == "auto",
+            thinking=_thinking(think_start, think_end),
         )
         launch.set_environment(options.engine, allow_unchecked_vllm=allow_unchecked_vllm)
         with progress_reporter(Output(json_mode=False)) as progress:
@@ -120,29 +145,36 @@ def serve(
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def _options(
-    policies: Path | None,
-    default_policy: str | None,
-    slots: int | None,
-    steering_layers: str,
-    relative_ceiling: float,
-    max_body_bytes: int,
-) -> Options:
+def _thinking(start: str | None, end: str | None) -> tuple[str, str] | None:
+    if start is None and end is None:
+        return None
+    from steering.thinking_markers import given_markers
+
+    return given_markers(start, end)
+
+
+def _engine_settings(
+    slots: int | None, layers_text: str, sites_text: str, projections: int | None
+) -> EngineSettings:
     from pydantic_core import PydanticCustomError
 
-    from server.launch import Options
     from steering.edits.layers import parse_layers
-    from steering.engine.settings import DEFAULT_SLOTS, EngineSettings
+    from steering.engine.settings import SITE_NAMES, EngineSettings
 
     try:
-        layers = parse_layers(steering_layers)
+        layers = parse_layers(layers_text)
     except PydanticCustomError as error:
         raise TrimtabError("E_LAYERS", error.message(), field="--steering-layers") from None
-    engine = EngineSettings(
-        slots=DEFAULT_SLOTS if slots is None else slots,
+    sites: tuple[str, ...] = SITE_NAMES
+    if sites_text not in ("auto", "all"):
+        # Additions are always hooked.
+        sites = tuple(dict.fromkeys(["add", *(name.strip() for name in sites_text.split(","))]))
+    sizes = {"slots": slots, "projections": projections}
+    return EngineSettings(
         layers=None if layers == "all" else layers,
+        sites=sites,
+        **{name: size for name, size in sizes.items() if size is not None},
     )
-    return Options(policies, default_policy, engine, relative_ceiling, max_body_bytes)
 
 
 def _banner(prepared: Prepared) -> None:
@@ -157,6 +189,9 @@ def _banner(prepared: Prepared) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", Text(", ".join(prepared.names)))
     facts.add_row("default policy", catalogue.default)
+    facts.add_row("sites", ", ".join(prepared.engine.sites))
+    if prepared.thinking is not None:
+        facts.add_row("thinking", Text(" … ".join(map(repr, prepared.thinking))))
     facts.add_row("API", f"{prepared.url}/v1")
     facts.add_row("status", f"{prepared.url}/v1/steering/status")
     facts.add_row("metrics", f"{prepared.url}/metrics")
@@ -189,6 +224,6 @@ def _say_last(error: TrimtabError) -> int:
     sys.stderr.flush()
     if error.code.startswith(_CHECKS):
         return EXIT_CHECK_FAILED
-    if error.code in OUTSIDE_CODES or error.code == "E_ENGINE":
+    if error.code in OUTSIDE_CODES:
         return EXIT_OUTSIDE
     return EXIT_BAD_INPUT

@@ -188,6 +188,11 @@ def activate_local(llm: Any, plans: Iterable[Plan], store: Store | None = None) 
     return asyncio.run(activate(_Local(llm), plans, store))
 
 
+def local_status(llm: Any) -> list[Answer]:
+    """:func:`rank_status` for vLLM's offline ``LLM``."""
+    return asyncio.run(rank_status(_Local(llm)))
+
+
 class _Local:
     """An offline ``LLM``, which has one engine, with the part of ``AsyncLLM`` that activation uses."""
 

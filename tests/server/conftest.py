@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.catalogue import Catalogue, Entry
-from steering.plan import Plan
+from steering.plan import Plan, Row, Term
 from steering.policy import parse_policy
 
 MakeEntry = Callable[..., Entry]
@@ -29,8 +29,7 @@ def make_entry(name: str, *, edits: bool = True, **keys: Any) -> Entry:
     )
     # A direction of each policy's own, so that their plans differ.
     direction = hashlib.sha256(name.encode()).hexdigest()
-    additions = {(direction, 1): 1.0} if edits else {}
-    return Entry(policy, Plan.of([additions, additions]))
+    return Entry(policy, Plan.everywhere(Row((Term(direction, ((1, 1.0),)),) if edits else ())))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from directions.card import CardDraft
+from directions.card import CardDraft, ProbeDraft
 from directions.store import Store
 from server.cli.policy import app
 
@@ -90,6 +90,7 @@ def test_the_json_report_states_the_policy_and_its_identity(guard: Path) -> None
         "onFailure": "closed",
         "strengthRange": [0.0, 1.0],
         "edits": {"calm": {"kind": "add", "scope": ["generation"], "direction": "calm@1"}},
+        "gates": {},
         "identity": policy["identity"],
         "plan": None,
     }
@@ -187,3 +188,120 @@ def test_the_ceiling_can_be_set(guard: Path, home: Path, tiny_checkpoint: Path) 
 
     assert (below, above) == (0, 1)
     assert [e["code"] for e in document["errors"]] == ["E_STRENGTH_CEILING"]
+
+
+EVERYTHING = """\
+apiVersion: trimtab/v1
+kind: Policy
+name: many
+edits:
+  calm:
+    add: {direction: calm@1, layers: "2", strength: 0.5}
+    scope: [prompt_end, {first: 16}]
+  turn: {rotate: {plane: [calm@1, cold@1], layers: "3", by: 20}}
+  still: {ablate: {direction: calm@1, sites: [mlp]}, scope: answer}
+  quiet: {scale_heads: {heads: [[3, 1]], factor: 0}}
+gates:
+  harm: {probe: harm@1, at: think_end, between: [0.25, 0.75], then: [turn, quiet]}
+  odd: {probe: harm@1, output: 1, at: token, above: 0.5, then: [quiet]}
+"""
+
+
+def put_more(checkpoint: Path) -> None:
+    """Store what else ``EVERYTHING`` names."""
+    from directions.fingerprint import fingerprint
+
+    model = fingerprint(checkpoint)
+    keys: dict[str, Any] = {
+        "method": "test",
+        "model": model,
+        "dtype": "float32",
+        "created": "2026-01-01T00:00:00Z",
+    }
+    shape = (model.num_layers, model.hidden_size)
+    card = CardDraft(**keys, activation_norms=(1.0,) * model.num_layers)
+    cold = np.random.default_rng(1).normal(size=shape)
+    Store().put(card, cold, np.ones(shape[0], dtype=bool), name="cold")
+    probe = ProbeDraft(
+        **keys, site="residual", layer=1, read_out="affine", outputs=("harmful", "odd")
+    )
+    Store().put_probe(probe, np.ones((2, shape[1])), [0.0, 0.0], name="harm")
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    path = tmp_path / "many.yaml"
+    path.write_text(EVERYTHING)
+    return path
+
+
+def test_every_kind_of_edit_scope_and_gate_is_shown(many: Path) -> None:
+    result = validate(many)
+    assert result.exit_code == 0
+    for shown in (
+        "calm: add calm@1 (prompt_end, first 16)",
+        "turn: rotate calm@1, cold@1 (all)",
+        "still: ablate calm@1 (answer)",
+        "quiet: scale_heads (all)",
+        "harm: harm@1[0] between 0.25 and 0.75 at think_end opens quiet, turn",
+        "odd: harm@1[1] above 0.5 at token opens quiet",
+    ):
+        assert shown in result.stdout
+
+    code, document = report(many)
+
+    assert code == 0
+    (policy,) = document["policies"]
+    assert policy["edits"]["calm"]["scope"] == ["prompt_end", {"first": 16}]
+    assert policy["edits"]["turn"] == {
+        "kind": "rotate",
+        "scope": ["all"],
+        "plane[0]": "calm@1",
+        "plane[1]": "cold@1",
+    }
+    assert policy["gates"]["harm"] == {
+        "probe": "harm@1",
+        "output": 0,
+        "at": "think_end",
+        "between": [0.25, 0.75],
+        "then": ["quiet", "turn"],
+    }
+
+
+def test_a_policy_that_needs_thinking_markers_is_told_of_the_flags(
+    many: Path, home: Path, tiny_checkpoint: Path
+) -> None:
+    put_calm(tiny_checkpoint)
+    put_more(tiny_checkpoint)
+
+    code, document = report(many, "--model", tiny_checkpoint)
+
+    assert code == 1
+    assert [(e["field"], e["code"]) for e in document["errors"]] == [
+        ("$.edits.still.scope", "E_THINKING_MARKERS"),
+        ("$.gates.harm.at", "E_THINKING_MARKERS"),
+    ]
+    assert all("--think-start and --think-end" in e["message"] for e in document["errors"])
+
+    marked = ["--model", tiny_checkpoint, "--think-start", "<a>", "--think-end"]
+    code, document = report(many, *marked, "</a>")
+
+    assert (code, document["errors"]) == (0, [])
+    _, other = report(many, *marked, "</b>")
+    assert document["policies"][0]["plan"] != other["policies"][0]["plan"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--think-start", "<a>"], "--think-end"),
+        (["--think-end", "</a>"], "--think-start"),
+        (["--think-start", "", "--think-end", "</a>"], "--think-start"),
+        (["--think-start", "<a>", "--think-end", "x" * 65], "--think-end"),
+    ],
+)
+def test_markers_come_in_pairs(guard: Path, flags: list[str], field: str) -> None:
+    code, document = report(guard, *flags)
+
+    assert code == 2
+    assert (document["error"]["code"], document["error"]["field"]) == ("E_THINKING_MARKERS", field)

@@ -178,7 +178,7 @@ def test_ranks_of_stages_and_slices_agree_with_the_reference(world: World) -> No
     assert (proof["engines"], proof["layers"]) == (1, list(range(LAYERS)))
     half = LAYERS // 2
     first, second = list(range(half)), list(range(half, LAYERS))
-    assert [worker["hooked_layers"] for worker in found] == [first, first, second, second]
+    assert [worker["hooked"]["add"] for worker in found] == [first, first, second, second]
     for worker in found:
         assert {plan.id for plan in world.plans.values()} <= set(worker["plans"])
     assert_parity(world, answers, "served, 2 stages of 2 ranks")

@@ -41,6 +41,10 @@ def test_help_answers_at_once_and_imports_neither_torch_nor_vllm(tmp_path: Path)
         "--default-policy",
         "--slots",
         "--allow-unchecked-vllm",
+        "--steering-sites",
+        "--projections",
+        "--think-start",
+        "--think-end",
         "--vllm-help",
     ):
         assert flag in done.stdout
@@ -115,6 +119,48 @@ def test_what_would_not_be_steered_is_refused_with_a_reason(
     assert done.returncode == 2
     assert "E_SERVE_UNSUPPORTED" in last_line(done)
     assert said in last_line(done)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--think-end", "</think>"], "error E_THINKING_MARKERS at --think-start: "),
+        (["--steering-sites", "heads,tails"], "error E_SITES at --steering-sites: 'tails' is not"),
+    ],
+)
+def test_flags_that_say_nothing_sensible_are_refused_at_once(
+    tmp_path: Path, flags: list[str], said: str
+) -> None:
+    done = run(tmp_path, "serve", "/nowhere", *flags)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "vLLM" not in done.stderr
+
+
+@pytest.mark.engine
+def test_thinking_and_sites_that_policies_need_are_asked_for_before_vllm_starts(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    put_random_direction(tmp_path, tiny_checkpoint)
+    folder = tmp_path / "policies"
+    thinks = write_policy(folder, "thinks")
+    thinks.write_text(thinks.read_text() + "    scope: thinking\n")
+    arguments = ["serve", str(tiny_checkpoint), f"--policies={folder}"]
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert "E_THINKING_MARKERS at $.edits.turn.scope" in done.stderr
+    assert "--think-start and --think-end" in done.stderr
+    quiet = write_policy(folder, "quiet")
+    quiet.write_text(
+        quiet.read_text().partition("edits")[0]
+        + "edits:\n  still: {scale_heads: {heads: [[1, 1]], factor: 0}}\n"
+    )
+    markers = ["--think-start=<a>", "--think-end=</a>"]
+    done = run(tmp_path, *arguments, *markers, "--steering-sites=residual")
+    assert done.returncode == 2
+    assert last_line(done) == "  expected: add, heads"
+    assert "policy quiet needs heads, which --steering-sites leaves out" in done.stderr
+    assert "EngineCore" not in done.stdout + done.stderr
 
 
 @pytest.mark.engine

@@ -469,6 +469,12 @@ def test_the_status_tells_what_is_served_and_that_it_was_proved(client: httpx.Cl
     assert status["proof"]["layers"] == list(range(LAYERS))
     assert status["proof"]["least_effect"] > 10 * status["proof"]["floor"]
     assert status["slots"] == {"in_use": 0, "free": 31}
+    # No more than these policies need.
+    assert status["sites"] == {
+        "hooked": {"add": list(range(LAYERS))},
+        "unavailable": {},
+        "thinking": None,
+    }
     paths = client.get("/openapi.json").json()["paths"]
     assert "/v1/steering/status" in paths
 

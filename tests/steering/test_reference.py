@@ -936,11 +936,35 @@ def test_a_think_end_token_starts_closed_even_after_an_open_decision(
     model: Any, store: Store, vectors: dict[str, np.ndarray]
 ) -> None:
     put_probe(store, "probe", 1)
-    texts = ["x"] * 8 + ["<think>", "</think>", "so", "<think>", "</think>", "so"]
+    texts = ["x"] * 7 + ["<think></think>", "\n", " ", "so", "a", "b", "c"]
 
     got = touched(model, think_end_gate({"above": -1.0}), store, texts)
 
-    assert got == [{10, 11, 13}, {10, 11, 13}, {9, 10, 11, 12, 13}, {9, 10, 11, 12, 13}]
+    # The last of the prompt, 8 and 9 decide, each open: none of them is touched up to layer 1.
+    assert got == [{10, 11, 12, 13}] * 2 + [{7, 8, 9, 10, 11, 12, 13}] * 2
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_later_ends_of_thinking_find_the_gate_as_the_first_has_left_it(
+    opens: bool, model: Any, store: Store, vectors: dict[str, np.ndarray]
+) -> None:
+    put_probe(store, "probe", 1)
+    texts = ["x"] * 8 + ["<think>", "</think>", "so", "<think>", "</think>", "so"]
+    scores = plain_scores(model, store, "probe@1")
+    # The later end, were it to decide, would decide otherwise.
+    middle = (scores[9] + scores[12]) / 2
+    assert abs(scores[9] - scores[12]) > 1e-3
+    rule = {"above" if (scores[9] > scores[12]) == opens else "below": middle}
+
+    got = touched(model, think_end_gate(rule), store, texts)
+
+    later = {10, 11, 12, 13}
+    assert got == ([later] * 2 + [later | {9}] * 2 if opens else [set()] * 4)
+    result = steered(
+        model, think_end_gate(rule), store, TEXT, len(PROMPT), texts=texts, thinking=THINKING
+    ).gates["g"]
+    assert (result.open, result.position, result.open_tokens) == (opens, 9, int(opens))
+    assert result.score == pytest.approx(scores[9], abs=1e-5)
 
 
 @pytest.mark.parametrize(("end", "ended"), [(["</think>", "\n"], True), (["</think>", "a"], False)])

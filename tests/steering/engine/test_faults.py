@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from steering.engine.admission import SlotsExhaustedError
 from steering.engine.control import activate_local
 from steering.engine.exchange import Exchange, current_exchange
-from steering.engine.payload import PlanPayload
-from tests.steering.engine.harness import Request, compare, engine, run
+from steering.engine.payload import RowPayload, uniform_payload
+from tests.steering.engine.harness import (
+    Request,
+    answers_of,
+    compare,
+    engine,
+    exchange_for,
+    run,
+    sampling,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -31,6 +40,22 @@ def frontend(llm):
 @pytest.fixture
 def prompt(tiny_world) -> tuple[int, ...]:
     return tuple(tiny_world.prompt("Who keeps the light when the keeper sleeps? " * 4))
+
+
+def play(llm, world, requests):
+    """Like :func:`run`, for requests whose policy is not applied: their exchanges and vLLM's outputs."""
+    exchanges = [exchange_for(world, request) for request in requests]
+    for number, (request, exchange) in enumerate(zip(requests, exchanges, strict=True)):
+        token = current_exchange.set(exchange)
+        try:
+            prompt = {"prompt_token_ids": list(request.prompt)}
+            llm.llm_engine.add_request(f"play-{number}", prompt, sampling(request))
+        finally:
+            current_exchange.reset(token)
+    finished = []
+    while llm.llm_engine.has_unfinished_requests():
+        finished += [output for output in llm.llm_engine.step() if output.finished]
+    return exchanges, sorted(finished, key=lambda output: output.request_id)
 
 
 @pytest.mark.parametrize(
@@ -90,10 +115,14 @@ def test_a_plan_that_a_worker_lost_is_an_error_and_leaves_no_trace_in_the_cache(
     worker_tables(llm).remove_plan(plan.id)
     batch = [Request(prompt, max_tokens=16), Request(prompt, "several", max_tokens=16)]
     batch += [Request(prompt, "one", max_tokens=16)]
-    lost = run(llm, tiny_world, batch)
-    assert [a.finish_reason for a in lost] == ["length", "error", "length"]
-    assert lost[1].token_ids == ()
-    parity = compare(tiny_world, [lost[0], lost[2]])
+    exchanges, outputs = play(llm, tiny_world, batch)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
+    assert list(outputs[1].outputs[0].token_ids) == []
+    assert [e.applied() for e in exchanges[1:]] == [(False, "plan_unknown"), (True, None)]
+    neighbours = [
+        answer for n in (0, 2) for answer in answers_of(batch[n], exchanges[n], outputs[n])
+    ]
+    parity = compare(tiny_world, neighbours)
     assert max(parity.floor, parity.worst) < 1e-4, "a neighbour of the lost request was harmed"
 
     worker_tables(llm).add_plan(robbed)
@@ -108,12 +137,9 @@ def test_the_worker_s_refusal_reaches_the_exchange(llm, tiny_world, prompt) -> N
     plan = tiny_world.plans["split"]
     robbed = worker_tables(llm)._plans[plan.id]
     worker_tables(llm).remove_plan(plan.id)
-    exchange = Exchange("split@1", "enforce", "closed", 1.0, plan)
-    token = current_exchange.set(exchange)
     try:
-        run(llm, tiny_world, [Request(prompt, max_tokens=4)])
+        (exchange,), _ = play(llm, tiny_world, [Request(prompt, "split", max_tokens=4)])
     finally:
-        current_exchange.reset(token)
         worker_tables(llm).add_plan(robbed)
     assert exchange.applied() == (False, "plan_unknown")
 
@@ -189,11 +215,7 @@ def test_an_aborted_request_gives_its_slot_back(llm, tiny_world, prompt) -> None
 def test_a_plan_of_another_width_is_refused_by_the_worker_and_not_activated(
     llm, tiny_world
 ) -> None:
-    import numpy as np
-
-    from steering.engine.payload import RowPayload
-
-    wide = PlanPayload("wide", (RowPayload((0,), np.ones((1, 65), dtype=np.float32)),), (0, 0))
+    wide = uniform_payload("wide", RowPayload((0,), np.ones((1, 65), dtype=np.float32)))
     # An answer and not an exception, behind which other ranks' answers would stay unread.
     (answer,) = llm.collective_rpc("trimtab_activate", args=([wide.to_wire()],))
     assert "65 wide" in answer["refused"]

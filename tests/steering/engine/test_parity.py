@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from steering.engine.control import activate_local
-from tests.steering.engine.harness import Request, assert_parity, engine, run
+from steering.reference import steered_logprobs
+from tests.steering.engine.harness import TOLERANCE, Request, assert_parity, engine, run
 
 pytestmark = pytest.mark.engine
 
@@ -64,18 +66,27 @@ def test_a_mixed_batch_agrees_with_the_reference(world, roomy) -> None:
     answers = run(roomy, world, mixed_batch(world))
     assert all(len(a.token_ids) == 64 for a in answers)
     assert_parity(world, answers, f"{world.path.name}, mixed batch")
+    assert_gates_matter(world, answers)
 
 
 def test_chunked_prefill_and_preemption_agree_with_the_reference(world, starved) -> None:
-    spans = record_prompt_spans(starved)
+    spans, interrupted = record_schedule(starved)
     before = metric(starved, "vllm:num_preemptions")
     answers = run(starved, world, mixed_batch(world))
     preemptions = metric(starved, "vllm:num_preemptions") - before
     split = sum(1 for chunks in spans.values() if len(chunks) > 1)
-    print(f"\n{preemptions:.0f} preemptions, {split} prompts computed in several chunks")
+    gated = {plan.id for plan in world.plans.values() if plan.gates}
+    phases = {p for a in answers if a.request.policy == "phases" for p in world.phases(a)}
+    print(
+        f"\n{preemptions:.0f} preemptions, {len(gated & interrupted)} of {len(gated)} policies with gates "
+        f"among them, {split} prompts computed in several chunks"
+    )
     assert preemptions > 0
+    assert gated & interrupted, "no request was preempted after its gates were decided"
     assert split > len(spans) / 2
+    assert phases == {"thinking", "think_end", "answer"}
     assert_parity(world, answers, f"{world.path.name}, chunked and preempted")
+    assert_gates_matter(world, answers)
 
 
 def test_cached_prefixes_are_hit_and_agree_with_the_reference(world, starved_free) -> None:
@@ -109,10 +120,57 @@ def starved_free(world):
         yield llm
 
 
-def record_prompt_spans(llm) -> dict[str, list[int]]:
-    """Watch the scheduler: for each request, the chunks of its prompt before it is first preempted."""
+def assert_gates_matter(world, answers) -> None:
+    """Some gates opened and some did not, and one that opened changed what was answered.
+
+    The edits of a gate that opens at the very end, or in a scope that has passed, may move nothing.
+    """
+    gates = [(a.request.policy, gate.name, gate.fired) for a in answers for gate in a.gates]
+    assert {fired for _, _, fired in gates} == {True, False}
+    effects: dict[str, float] = {}
+    for answer in answers:
+        name = answer.request.policy
+        if any(gate.fired for gate in answer.gates):
+            effects[name] = max(effects.get(name, 0.0), gate_effect(world, answer))
+    shown = "  ".join(f"{name}: {effect:.2g}" for name, effect in sorted(effects.items()))
+    print(f"[gates] largest effect of what they open, in nats; {shown}")
+    assert max(effects.values()) > 100 * TOLERANCE
+
+
+def gate_effect(world, answer) -> float:
+    """How much the edits behind gates move any chosen token, by the reference, in nats."""
+    policy = world.policies[answer.request.policy]
+    gated = {edit for gate in policy.gates.values() for edit in gate.then}
+    free = {name: edit for name, edit in policy.edits.items() if name not in gated}
+    closed = policy.model_copy(update={"edits": free, "gates": {}})
+    prompt = answer.request.prompt
+    chosen = torch.tensor(answer.token_ids)[:, None]
+    found = []
+    for judged in (policy, closed):
+        rows = steered_logprobs(
+            world.model,
+            judged,
+            world.store,
+            [*prompt, *answer.token_ids[:-1]],
+            len(prompt),
+            answer.request.strength,
+            tokenizer=world.tokenizer,
+            thinking=world.thinking,
+        )
+        found.append(rows[len(prompt) - 1 :].gather(1, chosen))
+    return float((found[0] - found[1]).abs().max())
+
+
+def record_schedule(llm) -> tuple[dict[str, list[int]], set[str]]:
+    """Watch the scheduler.
+
+    Returns:
+        For each request, the chunks of its prompt before it is first preempted; and the plans of the
+        requests that are preempted after their prompt.
+    """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     spans: dict[str, list[int]] = {}
+    interrupted: set[str] = set()
     original = scheduler.schedule
 
     def schedule(*args, **kwargs):
@@ -123,7 +181,12 @@ def record_prompt_spans(llm) -> dict[str, list[int]]:
             chunks = spans.setdefault(request_id, [])
             if start == sum(chunks) < request.num_prompt_tokens:
                 chunks.append(tokens)
+        for request_id in output.preempted_req_ids or ():
+            request = scheduler.requests[request_id]
+            stamp = (request.sampling_params.extra_args or {}).get("trimtab")
+            if stamp is not None and request.num_output_tokens:
+                interrupted.add(stamp["plan"])
         return output
 
     scheduler.schedule = schedule
-    return spans
+    return spans, interrupted

@@ -10,7 +10,7 @@ from steering.engine.admission import derive_salt
 from steering.engine.control import activate_local
 from steering.engine.exchange import Exchange, current_exchange
 from steering.engine.stamp import Stamp
-from tests.steering.engine.harness import Answer, Request, engine, run
+from tests.steering.engine.harness import Answer, Request, assert_parity, engine, run
 
 pytestmark = pytest.mark.engine
 
@@ -148,13 +148,88 @@ def test_a_client_cannot_forge_the_salt_of_a_plan(llm, tiny_world, prompt) -> No
 
 def test_a_request_that_belongs_to_an_exchange_runs_under_its_plan(llm, tiny_world, prompt) -> None:
     """What the HTTP layer sets is what the engine does, and the worker's word comes back with it."""
+    from vllm import SamplingParams
+
     plan = tiny_world.plans["several"]
+    params = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True}
+
+    def answer(exchange: Exchange | None, **stamp: object) -> tuple[int, ...]:
+        token = current_exchange.set(exchange)
+        try:
+            (output,) = llm.generate(
+                {"prompt_token_ids": list(prompt)},
+                SamplingParams(**params, **stamp),
+                use_tqdm=False,
+            )
+        finally:
+            current_exchange.reset(token)
+        return tuple(output.outputs[0].token_ids)
+
     exchange = Exchange("several@1", "enforce", "closed", 1.0, plan)
-    token = current_exchange.set(exchange)
-    try:
-        steered = one(llm, tiny_world, prompt)
-    finally:
-        current_exchange.reset(token)
+    steered = answer(exchange)
     assert exchange.applied() == (True, None)
-    assert steered.token_ids == one(llm, tiny_world, prompt, "several").token_ids
-    assert steered.token_ids != one(llm, tiny_world, prompt).token_ids
+    assert steered == answer(None, extra_args={"trimtab": {"plan": plan.id, "strength": 1.0}})
+    assert steered != answer(None)
+
+
+# -- the answer of one turn in the prompt of the next ----------------------------------------------
+
+PHASED = (
+    "generation",
+    "prompt",
+    "prompt-end",
+    "split",
+    "first",
+    "phases",
+    "gate-above",
+    "gate-below",
+    "gate-think",
+)
+"""Policies under which it matters where the prompt ends."""
+
+UNPHASED = ("one", "several", "clamp")
+
+
+@pytest.mark.parametrize("length", [128, 129, 150], ids=["on", "behind", "between"])
+def test_what_was_read_as_an_answer_is_not_what_the_next_turn_finds_as_a_prompt(
+    llm, tiny_world, length
+) -> None:
+    """Turn 2's prompt is turn 1's with its answer and more: the same tokens, but another prompt's end.
+
+    ``length``: turn 1's prompt ends on the border of a block of 32 tokens, just behind one, or between.
+    """
+    texts = [
+        tuple(tiny_world.prompt(f"{next(prompts)} ships and a harbour. " * 40))[:length]
+        for _ in range(4)
+    ]
+    turn = [Request(prompt) for prompt in texts]
+    turn += [Request(texts[0], policy) for policy in (*PHASED, *UNPHASED)]
+    first = run(llm, tiny_world, turn)
+    more = tuple(tiny_world.prompt("And what of the tide?"))
+    again = [
+        Request((*a.request.prompt, *a.token_ids, *more), a.request.policy, max_tokens=16)
+        for a in first
+    ]
+    # The last token of an answer is never run.
+    computed = length + len(first[0].token_ids) - 1
+    assert computed // 32 > length // 32, "no block of the answer is full"
+
+    second = run(llm, tiny_world, again)
+
+    assert {gate.fired for a in second for gate in a.gates} == {True, False}
+    assert_parity(tiny_world, second, f"second turn, {length} tokens")
+    for answer in second:
+        if answer.request.policy in PHASED:
+            # Up to the first prompt's last token, which another prompt's end makes another token.
+            assert answer.cached_tokens == (length - 1) // 32 * 32, answer.request.policy
+        else:
+            assert answer.cached_tokens == computed // 32 * 32, answer.request.policy
+
+
+def test_the_same_turn_again_finds_all_of_its_prompt(llm, tiny_world, prompt) -> None:
+    """Where the prompt ends at the same place, blocks that reach its end are shared too."""
+    aligned = prompt[: len(prompt) // 32 * 32] + prompt[:1]
+    for policy in PHASED:
+        first, second = (one(llm, tiny_world, aligned, policy) for _ in range(2))
+        assert (first.cached_tokens, second.cached_tokens) == (0, len(aligned) - 1), policy
+        assert second.token_ids == first.token_ids

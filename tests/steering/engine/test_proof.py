@@ -118,7 +118,8 @@ def test_a_client_that_leaves_gives_its_slot_back(async_engine, tiny_world, loop
 def test_an_engine_whose_hooks_are_gone_fails_the_proof(async_engine, tiny_world, loop) -> None:
     """The worst case: everything loads, every request is reported as placed, and nothing steers."""
     removed = loop.run_until_complete(async_engine.collective_rpc(_unhook))
-    assert removed == [4]
+    # The hooks of 4 layers, of the two blocks of each, and of the final norm; and each layer's heads.
+    assert removed == [(13, 4)]
     with pytest.raises(TrimtabError, match="changes nothing at any layer") as caught:
         loop.run_until_complete(prove(async_engine))
     assert caught.value.code == "E_PROOF_NO_EFFECT"
@@ -133,9 +134,10 @@ async def end_tasks() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _unhook(worker) -> int:
-    count = 0
+def _unhook(worker) -> tuple[int, int]:
+    hooks = forwards = 0
     for module in worker.model_runner.get_model().modules():
-        count += len(module._forward_hooks)
+        hooks += len(module._forward_hooks)
         module._forward_hooks.clear()
-    return count
+        forwards += vars(module).pop("forward", None) is not None
+    return hooks, forwards

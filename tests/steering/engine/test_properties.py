@@ -18,14 +18,19 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from steering.engine.control import activate_local
+from steering.engine.exchange import current_exchange
+from steering.policy_errors import PolicyErrors
 from tests.steering.engine.harness import (
     TOLERANCE,
     Answer,
     Request,
     World,
+    answers_of,
     build_world,
     compare,
     engine,
+    exchange_for,
+    sampling,
 )
 from tests.steering.engine.test_parity import metric, record_prompt_spans
 
@@ -44,10 +49,22 @@ BOUNDED = settings(
 )
 
 
-@st.composite
-def scopes(draw: st.DrawFn) -> Any:
+def scopes() -> st.SearchStrategy[Any]:
     """A scope as a policy's file spells it."""
-    return draw(st.sampled_from(["all", "prompt", "generation", ["prompt", "generation"]]))
+    return st.sampled_from(
+        [
+            "all",
+            "prompt",
+            "generation",
+            "prompt_end",
+            "answer",
+            ["thinking", "think_end"],
+            ["think_end", "answer"],
+            ["prompt_end", {"first": 3}],
+            {"first": 12},
+            ["prompt", "generation"],
+        ]
+    )
 
 
 @st.composite
@@ -69,16 +86,80 @@ def add_edits(draw: st.DrawFn, num_layers: int) -> Edits:
     return {"add": add, "scope": draw(scopes())}
 
 
-EDITS: dict[str, Callable[[int], st.SearchStrategy[Edits]]] = {"add": add_edits}
+DIRECTIONS = st.sampled_from(["alpha@1", "beta@1"])
+
+
+@st.composite
+def ablate_edits(draw: st.DrawFn, num_layers: int) -> Edits:
+    sites = [["residual"], ["attention"], ["residual", "attention", "mlp"]]
+    ablate = {
+        "direction": draw(DIRECTIONS),
+        "layers": draw(layer_ranges(num_layers)),
+        "strength": draw(st.sampled_from([1.0, 0.5, -0.5])),
+        "sites": draw(st.sampled_from(sites)),
+    }
+    return {"ablate": ablate, "scope": draw(scopes())}
+
+
+@st.composite
+def clamp_edits(draw: st.DrawFn, num_layers: int) -> Edits:
+    bounds = draw(
+        st.sampled_from([{"to": 0.2}, {"atLeast": -0.1}, {"atMost": 0.1, "atLeast": -0.3}])
+    )
+    clamp = {"direction": draw(DIRECTIONS), "layers": draw(layer_ranges(num_layers)), **bounds}
+    return {"clamp": {**clamp, "unit": "relative"}, "scope": draw(scopes())}
+
+
+@st.composite
+def rotate_edits(draw: st.DrawFn, num_layers: int) -> Edits:
+    angle = {
+        draw(st.sampled_from(["by", "to"])): draw(st.sampled_from([-120.0, -20.0, 45.0, 180.0]))
+    }
+    rotate = {"plane": ["alpha@1", "beta@1"], "layers": draw(layer_ranges(num_layers)), **angle}
+    return {"rotate": rotate, "scope": draw(scopes())}
+
+
+@st.composite
+def head_edits(draw: st.DrawFn, num_layers: int) -> Edits:
+    head = st.tuples(st.integers(0, num_layers - 1), st.integers(0, 3)).map(list)
+    scale = {
+        "heads": draw(st.lists(head, min_size=1, max_size=5, unique_by=tuple)),
+        "factor": draw(st.sampled_from([0.0, 0.5, 2.0, -1.0])),
+        "renormalise": draw(st.sampled_from(["none", "row"])),
+    }
+    return {"scale_heads": scale, "scope": draw(scopes())}
+
+
+EDITS: dict[str, Callable[[int], st.SearchStrategy[Edits]]] = {
+    "add": add_edits,
+    "ablate": ablate_edits,
+    "clamp": clamp_edits,
+    "rotate": rotate_edits,
+    "scale_heads": head_edits,
+}
 """What draws an edit of each kind, given the number of layers."""
 
 
-def policies(num_layers: int) -> st.SearchStrategy[Edits]:
-    """The ``edits`` of a policy: one to three, of any kinds."""
+@st.composite
+def gates(draw: st.DrawFn, edits: list[str]) -> Edits:
+    rule = draw(st.sampled_from([{"above": 0.5}, {"below": 0.5}, {"between": [0.25, 0.75]}]))
+    return {
+        "probe": draw(st.sampled_from(["early@1", "middle@1", "top@1"])),
+        "output": draw(st.integers(0, 1)),
+        "at": draw(st.sampled_from(["prompt_end", "think_end", "token"])),
+        "then": draw(st.lists(st.sampled_from(edits), min_size=1, max_size=2, unique=True)),
+        **rule,
+    }
+
+
+@st.composite
+def policies(draw: st.DrawFn, num_layers: int) -> tuple[Edits, Edits]:
+    """The ``edits`` and ``gates`` of a policy: up to four edits of any kinds, up to two gates."""
     edit = st.one_of([draw_edit(num_layers) for draw_edit in EDITS.values()])
-    return st.lists(edit, min_size=1, max_size=3).map(
-        lambda drawn: {f"edit{n}": found for n, found in enumerate(drawn)}
-    )
+    drawn = draw(st.lists(edit, min_size=1, max_size=4))
+    edits = {f"edit{n}": found for n, found in enumerate(drawn)}
+    opened = draw(st.lists(gates(list(edits)), max_size=2))
+    return edits, {f"gate{n}": found for n, found in enumerate(opened)}
 
 
 @dataclass(frozen=True)
@@ -119,7 +200,7 @@ def arrivals(draw: st.DrawFn, num_policies: int) -> Arrival:
 
 
 @st.composite
-def schedules(draw: st.DrawFn, num_layers: int) -> tuple[list[Edits], list[Arrival]]:
+def schedules(draw: st.DrawFn, num_layers: int) -> tuple[list[tuple[Edits, Edits]], list[Arrival]]:
     drawn = draw(st.lists(policies(num_layers), min_size=2, max_size=4))
     schedule = draw(st.lists(arrivals(len(drawn)), min_size=8, max_size=16))
     return drawn, schedule
@@ -127,7 +208,7 @@ def schedules(draw: st.DrawFn, num_layers: int) -> tuple[list[Edits], list[Arriv
 
 @pytest.fixture(scope="module")
 def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build_world(tiny_checkpoint, tmp_path_factory.mktemp("drawn"))
+    return build_world(tiny_checkpoint, tmp_path_factory.mktemp("drawn"), ("t", "e"))
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +228,10 @@ def starved(world: World) -> Iterator[Any]:
 
 def play(llm: Any, world: World, requests: list[Request], pauses: list[int]) -> list[Answer]:
     """Send each request after its pause, run the engine to the end, return every sequence."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.inputs.engine import tokens_input
 
     core = llm.llm_engine
+    exchanges = [exchange_for(world, request) for request in requests]
     finished: dict[str, Any] = {}
 
     def step() -> None:
@@ -159,43 +240,31 @@ def play(llm: Any, world: World, requests: list[Request], pauses: list[int]) -> 
     for number, (request, pause) in enumerate(zip(requests, pauses, strict=True)):
         for _ in range(pause):
             step()
-        core.add_request(
-            str(number),
-            {"prompt_token_ids": list(request.prompt)},
-            SamplingParams(
-                n=request.n,
-                temperature=0.0 if request.n == 1 else 1.0,
-                max_tokens=request.max_tokens,
-                ignore_eos=True,
-                logprobs=0,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args=None
-                if request.policy is None
-                else {
-                    "trimtab": {
-                        "plan": world.plans[request.policy].id,
-                        "strength": request.strength,
-                    }
-                },
-            ),
-        )
+        token = current_exchange.set(exchanges[number])
+        try:
+            core.add_request(str(number), tokens_input(list(request.prompt)), sampling(request))
+        finally:
+            current_exchange.reset(token)
     while core.has_unfinished_requests():
         step()
     return [
-        Answer(
-            request,
-            tuple(sequence.token_ids),
-            tuple(
-                entry[token].logprob
-                for token, entry in zip(sequence.token_ids, sequence.logprobs, strict=True)
-            ),
-            sequence.text,
-            sequence.finish_reason,
-            finished[str(number)].num_cached_tokens or 0,
-        )
+        answer
         for number, request in enumerate(requests)
-        for sequence in finished[str(number)].outputs
+        for answer in answers_of(request, exchanges[number], finished[str(number)])
     ]
+
+
+def add_policy(world: World, name: str, drawn: tuple[Edits, Edits]) -> bool:
+    """Compile a drawn policy; what is drawn may be a gate that could never act, which is refused."""
+    edits, gates = drawn
+    refused: set[str] = set()
+    try:
+        world.add_policy(name, edits, gates)
+    except PolicyErrors as errors:
+        refused = {error.code for error in errors.errors}
+        world.add_policy(name, edits)
+    assert refused <= {"E_GATE_ORDER", "E_GATE_NEVER"}
+    return bool(gates) and not refused
 
 
 def test_random_policies_batches_and_schedules_agree_with_the_reference(
@@ -208,17 +277,17 @@ def test_random_policies_batches_and_schedules_agree_with_the_reference(
     floors: list[float] = []
     steered: list[float] = []
     effects: list[float] = []
-    seen = {"sequences": 0, "tokens": 0, "cached": 0, "chunked": 0}
+    seen = {"sequences": 0, "tokens": 0, "cached": 0, "chunked": 0, "gated": 0, "fired": 0}
 
     @BOUNDED
     @given(schedules(world.num_layers))
-    def check(drawn: tuple[list[Edits], list[Arrival]]) -> None:
+    def check(drawn: tuple[list[tuple[Edits, Edits]], list[Arrival]]) -> None:
         names = []
-        for edits in drawn[0]:
+        for policy in drawn[0]:
             name = f"drawn{next(numbers)}"
-            world.add_policy(name, edits)
+            seen["gated"] += add_policy(world, name, policy)
             names.append(name)
-            note(f"{name}: {edits}")
+            note(f"{name}: {policy}")
         activate_local(starved, [world.plans[name] for name in names], world.store)
         spans.clear()
         requests = [
@@ -247,6 +316,7 @@ def test_random_policies_batches_and_schedules_agree_with_the_reference(
         seen["sequences"] += len(answers)
         seen["tokens"] += sum(len(a.token_ids) for a in answers)
         seen["cached"] += sum(a.cached_tokens > 0 for a in answers)
+        seen["fired"] += sum(gate.fired for a in answers for gate in a.gates)
         seen["chunked"] += sum(len(chunks) > 1 for chunks in spans.values())
         starved.collective_rpc(
             "trimtab_deactivate", args=([world.plans[name].id for name in names],)
@@ -261,6 +331,8 @@ def test_random_policies_batches_and_schedules_agree_with_the_reference(
     assert len(floors) >= 10
     assert seen["chunked"] > seen["sequences"] / 8
     assert seen["cached"] > 0
+    assert seen["gated"] > 5
+    assert seen["fired"] > 5
     assert preemptions > 10
     assert max(effects) > 100 * TOLERANCE
     assert max(steered) <= 2 * max(floors)

@@ -1,274 +1,382 @@
-"""Slots are shared, pinned, evicted and filled as the scheduler's batch demands."""
+"""Slots are shared, pinned, evicted and written; what does not fit the tables is refused with its reason."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from steering.engine.ledger import SlotLedger
-from steering.engine.payload import PlanPayload, RowPayload
-from steering.engine.runner import WorkerRequests
-from steering.engine.stamp import read_stamp
-from steering.engine.tables import NoFreeSlotError, SteeringTables
-from steering.plan import Plan
+from steering.engine.payload import GatePayload, PlanPayload, RowPayload, uniform_payload
+from steering.engine.tables import IDENTITY, KINDS, MAX_GATES, NoFreeSlotError, SteeringTables
+from tests.steering.engine.small_plans import (
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    Edit,
+    Rule,
+    SmallPlan,
+    added,
+    projected,
+    scaled,
+    tables,
+    uniform,
+)
 
-LAYERS, HIDDEN = 3, 4
+
+def gate(**changes: object) -> GatePayload:
+    weight = np.ones(HIDDEN, dtype=np.float32)
+    return replace(GatePayload("g", 1, "token", 0.25, 0.75, "cosine", weight, 2.0), **changes)
 
 
-def payload(name: str, *, rows: int = 1, layer: int = 1, value: float = 1.0) -> PlanPayload:
-    row = RowPayload((layer,), np.full((1, HIDDEN), value, dtype=np.float32))
-    return PlanPayload(name, (row,) * rows, (0, rows - 1))
+def gated(name: str, *gates: GatePayload) -> PlanPayload:
+    return uniform_payload(name, added(), gates or (gate(),))
 
 
-def tables(slots: int = 4) -> SteeringTables:
-    return SteeringTables(LAYERS, slots, HIDDEN, 64, torch.device("cpu"))
+def full(layer: int = 1) -> RowPayload:
+    """A row with something in every table."""
+    eye = np.eye(HIDDEN, dtype=np.float32)
+    projections = [
+        replace(projected(site=site).projections[0], layer=layer, vectors=eye[:1])
+        for site in range(3)
+    ]
+    return RowPayload(
+        (layer,),
+        np.ones((1, HIDDEN), dtype=np.float32),
+        tuple(projections),
+        ((layer, 2, 0.5),),
+        (layer,),
+    )
+
+
+# -- slots -----------------------------------------------------------------------------------------
 
 
 def test_requests_with_the_same_plan_share_its_slot() -> None:
     t = tables()
-    t.add_plan(payload("a"))
-    first, second = t.place("a", 1.0), t.place("a", 0.5)
+    t.add_plan(uniform("a"))
+    first, second = t.place("a"), t.place("a")
     assert first.slots == second.slots
     assert t.pinned == 1
-    assert t.table[1, first.slots[0]].tolist() == [1.0] * HIDDEN
-    assert not t.table[0].any()
-    assert not t.table[:, 0].any()
-
-
-def test_a_pinned_plan_is_never_evicted_and_an_idle_one_is_the_oldest_first() -> None:
-    t = tables(slots=3)
-    for name in "abc":
-        t.add_plan(payload(name, value=ord(name)))
-    a, b = t.place("a", 1.0), t.place("b", 1.0)
-    with pytest.raises(NoFreeSlotError):
-        t.place("c", 1.0)
-    t.release(a)
-    c = t.place("c", 1.0)
-    assert c.slots == a.slots
-    assert t.table[1, c.slots[0], 0] == ord("c")
-    assert t.table[1, b.slots[0], 0] == ord("b")
-
-
-def test_an_idle_plan_stays_resident_until_its_slot_is_wanted() -> None:
-    t = tables(slots=3)
-    t.add_plan(payload("a"))
-    slots = t.place("a", 1.0)
-    t.release(slots)
-    t.table[1, slots.slots[0]] = 9.0  # would be overwritten if it were written again
-    assert t.place("a", 1.0).slots == slots.slots
-    assert t.table[1, slots.slots[0], 0] == 9.0
-
-
-def test_a_removed_plan_serves_its_running_requests_to_the_end() -> None:
-    t = tables()
-    t.add_plan(payload("a"))
-    running = t.place("a", 1.0)
-    t.remove_plan("a")
-    with pytest.raises(KeyError):
-        t.place("a", 1.0)
-    assert t.table[1, running.slots[0], 0] == 1.0
-    t.release(running)
+    assert t.add[1, first.slots[0]].tolist() == [1.0] * HIDDEN
+    assert not t.add[0].any()
+    assert not t.add[:, IDENTITY].any()
+    t.release("a")
+    assert t.pinned == 1
+    t.release("a")
     assert t.pinned == 0
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        payload("rows", rows=4),
-        payload("layer", layer=LAYERS),
-        payload("nan", value=float("nan")),
-        PlanPayload("width", (RowPayload((0,), np.ones((1, 5), dtype=np.float32)),), (0, 0)),
-    ],
-    ids=lambda p: p.id,
-)
-def test_a_plan_that_does_not_fit_is_refused(bad: PlanPayload) -> None:
-    with pytest.raises(ValueError, match=bad.id):
-        tables().add_plan(bad)
+def test_each_set_of_open_gates_and_each_case_has_its_slot() -> None:
+    t = tables(num_slots=8)
+    plan = SmallPlan("p", (Edit(), Edit(2, scope=frozenset({"prompt"}))), (Rule("prompt_end"),))
+    t.add_plan(plan.payload())
+    resident = t.place("p")
+    closed, opened, both = resident.slots
+    assert len({IDENTITY, closed, opened, both}) == 4
+    assert resident.case_slots.tolist() == [
+        [closed, *[IDENTITY] * 4],
+        [opened, *[both] * 4],
+    ]
+    assert [t.add[:, slot, 0].tolist() for slot in (closed, opened, both)] == [
+        [0.0, 0.0, 1.0],
+        [0.0, 1.0, 1.0],
+        [0.0, 1.0, 0.0],
+    ]
 
 
-def test_the_wire_form_round_trips() -> None:
-    plan = PlanPayload(
-        "p",
-        (
-            RowPayload((0, 2), np.arange(8, dtype=np.float32).reshape(2, 4)),
-            RowPayload((), np.empty((0, 4), np.float32)),
-        ),
-        (0, None),
-    )
-    back = PlanPayload.from_wire(plan.to_wire())
-    assert back.phase_rows == plan.phase_rows
-    for mine, theirs in zip(plan.rows, back.rows, strict=True):
-        assert mine.layers == theirs.layers
-        np.testing.assert_array_equal(mine.vectors, theirs.vectors)
+def test_a_pinned_plan_is_never_evicted_and_an_idle_one_is_the_oldest_first() -> None:
+    t = tables(num_slots=4)
+    for name in "abcde":
+        t.add_plan(uniform(name, added(value=ord(name))))
+    a, b, c = t.place("a"), t.place("b"), t.place("c")
+    with pytest.raises(NoFreeSlotError):
+        t.place("d")
+    t.release("b")
+    t.release("a")
+    t.place("b")
+    t.release("b")  # used after "a", so "a" is the older
+    d = t.place("d")
+    assert d.slots == a.slots
+    assert t.evictions == 1
+    assert [t.add[1, r.slots[0], 0] for r in (b, c, d)] == [ord("b"), ord("c"), ord("d")]
+    e = t.place("e")
+    assert e.slots == b.slots
+    assert t.evictions == 2
 
 
-request_shapes = st.lists(
-    st.tuples(
-        st.sampled_from([None, "a", "b", "split"]),
-        st.integers(0, 6),  # computed
-        st.integers(1, 6),  # scheduled
-        st.integers(1, 8),  # prompt length
-    ),
-    min_size=1,
-    max_size=6,
-)
+def test_a_plan_of_several_rows_evicts_as_many_idle_ones_as_it_needs_and_no_more() -> None:
+    t = tables(num_slots=5)
+    for name in "abc":
+        t.add_plan(uniform(name))
+        t.place(name)
+        t.release(name)
+    c = t.place("c")
+    t.add_plan(uniform("two", added(0), added(2)))
+    two = t.place("two")
+    assert t.evictions == 1
+    assert len(set(two.slots) | set(c.slots)) == 3
+    t.add_plan(uniform("three", added(), added(), added()))
+    with pytest.raises(NoFreeSlotError, match="3 slots wanted, 1 not pinned"):
+        t.place("three")
+    assert t.evictions == 1, "plans were evicted for one that has no room anyway"
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(request_shapes, min_size=1, max_size=4))
-def test_every_token_gets_the_slot_of_its_phase_and_the_rest_of_the_buffer_stays_plain(
-    steps,
-) -> None:
-    t = tables(slots=6)
-    t.add_plan(payload("a", layer=0))
-    t.add_plan(payload("b", layer=2))
-    t.add_plan(
-        PlanPayload(
-            "split",
-            (RowPayload((0, 1), np.ones((2, HIDDEN), dtype=np.float32)),),
-            (None, 0),
-        )
-    )
-    for step in steps:
-        placements = [
-            None if name is None else t.place(name, 0.5 + n) for n, (name, *_) in enumerate(step)
-        ]
-        t.fill(
-            placements,
-            np.array([c for _, c, _, _ in step], dtype=np.int32),
-            np.array([s for _, _, s, _ in step], dtype=np.int32),
-            np.array([p for _, _, _, p in step], dtype=np.int32),
-        )
-        expected = []
-        edited = [0] * LAYERS
-        layers_of = {"a": [0], "b": [2], "split": [0, 1]}
-        for (name, computed, scheduled, prompt), placement in zip(step, placements, strict=True):
-            for position in range(computed, computed + scheduled):
-                if placement is None or (name == "split" and position < prompt):
-                    expected.append((0, None))
-                    continue
-                expected.append((placement.slots[0] or placement.slots[1], placement.strength))
-                for layer in layers_of[name]:
-                    edited[layer] += 1
-        found = t.slots.tolist()
-        assert found[: len(expected)] == [slot for slot, _ in expected]
-        assert not any(found[len(expected) :])
-        for token, (_, strength) in enumerate(expected):
-            if strength is not None:
-                assert t.strengths[token].item() == strength
-        assert t.counts.tolist() == edited
-        for placement in placements:
-            if placement is not None:
-                t.release(placement)
-    t.clear()
-    assert not t.slots.any()
-    assert not t.counts.any()
+def test_an_idle_plan_stays_resident_until_its_slot_is_wanted() -> None:
+    t = tables(num_slots=3)
+    t.add_plan(uniform("a"))
+    first = t.place("a")
+    t.release("a")
+    t.add[1, first.slots[0]] = 9.0  # would be overwritten if it were written again
+    assert t.place("a").slots == first.slots
+    assert t.add[1, first.slots[0], 0] == 9.0
 
 
-def test_a_worker_reports_what_became_of_each_plan_and_never_raises() -> None:
-    requests = WorkerRequests(tables(slots=2))
-    requests.tables.add_plan(payload("a"))
-    requests.tables.add_plan(payload("b"))
-    requests.enter("plain", None)
-    requests.enter("fits", {"trimtab": {"plan": "a", "strength": 1.0}})
-    requests.enter("full", {"trimtab": {"plan": "b", "strength": 1.0}})
-    requests.enter("unknown", {"trimtab": {"plan": "zzz", "strength": 1.0}})
-    requests.enter("broken", {"trimtab": {"plan": 7, "strength": "much"}})
-    assert requests.take_reports() == {
-        "fits": (True, None),
-        "full": (False, "slots_exhausted"),
-        "unknown": (False, "plan_unknown"),
-        "broken": (False, "internal"),
-    }
-    assert requests.take_reports() == {}
-    for name in ("plain", "fits", "full", "unknown", "broken", "never seen"):
-        requests.leave(name)
-    assert requests.tables.pinned == 0
+def test_a_removed_plan_serves_its_running_requests_to_the_end() -> None:
+    t = tables(num_slots=2)
+    t.add_plan(uniform("a"))
+    running = t.place("a")
+    t.remove_plan("a")
+    assert t.plans == frozenset()
+    with pytest.raises(KeyError):
+        t.place("a")
+    assert t.add[1, running.slots[0], 0] == 1.0
+    t.release("a")
+    assert t.pinned == 0
+    t.add_plan(uniform("b"))
+    assert t.place("b").slots == running.slots
+    assert t.evictions == 0, "a removed plan was kept until its slot was wanted"
 
 
-def plan(name: str, rows: int) -> Plan:
-    return Plan(name, ((),) * rows, (0, rows - 1))
+def test_a_slot_that_changes_hands_holds_nothing_of_what_it_held() -> None:
+    t = tables(num_slots=2, head_offset=0)
+    for name, row in {
+        "full": full(0),
+        "add": added(1),
+        "project": projected(layer=2, vectors=2),
+        "heads": scaled((1, 3, -1.0)),
+        "empty": uniform("empty").rows[0],
+    }.items():
+        t.add_plan(uniform(name, row))
+        t.place("full")
+        t.release("full")
+        resident = t.place(name)
+        fresh = tables(num_slots=2)
+        fresh.add_plan(uniform(name, row))
+        assert fresh.place(name).slots == resident.slots
+        assert contents(t) == contents(fresh), name
+        t.release(name)
 
 
-def test_the_ledger_counts_distinct_plans_and_forgets_them() -> None:
-    ledger = SlotLedger(num_slots=4)
-    one, two, other = plan("one", 1), plan("two", 2), plan("other", 1)
-    ledger.acquire(one.id, 1)
-    ledger.acquire(one.id, 1)
-    assert ledger.can_admit(two)
-    ledger.acquire(two.id, 2)
-    assert not ledger.can_admit(other)
-    assert ledger.can_admit(one)
-    assert ledger.snapshot() == {"in_use": 3, "free": 0}
-    ledger.release(two.id)
-    assert ledger.can_admit(other)
-    ledger.release(one.id)
-    ledger.release(one.id)
-    assert ledger.snapshot() == {"in_use": 0, "free": 3}
+def contents(t: SteeringTables) -> list[object]:
+    """What the operators can see of the tables."""
+    found: list[object] = [t.add.tolist(), t.heads.tolist(), t.renormalise.tolist()]
+    for site, used in t.used.items():
+        seen = torch.arange(t.basis[site].shape[2]) < used[..., None]
+        found += [used.tolist(), t.parameters[site].tolist()]
+        found.append((t.basis[site] * seen[..., None]).tolist())
+    return [*found, t.live.tolist()]
 
 
-def test_the_shares_of_several_processes_never_exceed_the_table() -> None:
-    for processes in (1, 2, 3, 5):
-        assert processes * SlotLedger(32, processes).capacity <= 31
+def test_every_table_is_written_where_the_row_says() -> None:
+    t = tables()
+    t.add_plan(uniform("full", full(2)))
+    (slot,) = t.place("full").slots
+    assert t.add[2, slot].tolist() == [1.0] * HIDDEN
+    assert t.heads[2, slot].tolist() == [0.0, 0.0, 0.5, 0.0]
+    assert t.renormalise.nonzero().tolist() == [[2, slot]]
+    for site in ("residual", "attention", "mlp"):
+        assert t.basis[site][2, slot, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
+        assert t.parameters[site][2, slot, 0].tolist() == [1.0, 1.0, -np.inf, 0.5]
+        assert t.used[site].nonzero().tolist() == [[2, slot]]
+    assert np.argwhere(t.live).tolist() == [[kind, 2, slot] for kind in range(len(KINDS))]
+    assert (t.live_slots.numpy() == t.live).all()
 
 
-def test_a_row_that_could_not_be_written_is_not_found_later(monkeypatch) -> None:
-    """A device that runs out of memory once must not leave an empty row that looks resident."""
-    requests = WorkerRequests(tables(slots=2))
-    requests.tables.add_plan(payload("a"))
+def test_projections_of_one_site_are_stacked_in_their_order() -> None:
+    t = tables()
+    turn = replace(projected(vectors=2).projections[0], mode=2, parameters=(0.5, 0.0, 0.0))
+    clip = projected().projections[0]
+    row = replace(projected(), projections=(clip, turn, replace(clip, layer=0), clip))
+    t.add_plan(uniform("p", row))
+    (slot,) = t.place("p").slots
+    assert t.used["residual"][:, slot].tolist() == [1, 4, 0]
+    # The second vector of a turn has no mode of its own.
+    assert t.parameters["residual"][1, slot, :, 0].tolist() == [1.0, 2.0, 0.0, 1.0]
+    assert t.basis["residual"][1, slot, :, 0].tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_a_rank_scales_its_own_heads_and_knows_of_the_others() -> None:
+    t = tables(num_heads=2, head_offset=2)
+    row = scaled((0, 1, 5.0), (1, 2, -1.0), (1, 3, 0.5))
+    t.add_plan(uniform("p", row))
+    (slot,) = t.place("p").slots
+    assert t.heads[:, slot].tolist() == [[0.0, 0.0], [-1.0, 0.5], [0.0, 0.0]]
+    assert t.live[KINDS.index("heads"), :, slot].tolist() == [1, 1, 0]
+
+
+# -- gates -----------------------------------------------------------------------------------------
+
+
+def test_a_gate_is_written_to_its_entry() -> None:
+    t = tables()
+    t.add_plan(gated("p", gate(), gate(name="h", layer=LAYERS, low=-np.inf, read_out="affine")))
+    first, second = t.place("p").entries
+    assert 0 not in (first, second)
+    assert t.gate_weight[first].tolist() == [1.0] * HIDDEN
+    assert t.gate_bias[first] == 2.0
+    assert t.gate_bounds[[first, second]].tolist() == [[0.25, 0.75], [-np.inf, 0.75]]
+    assert t.gate_read_out[[first, second]].tolist() == [1, 0]
+    assert t.gate_layer[[first, second]].tolist() == [1, LAYERS]
+    assert t.host_gate_layer[[first, second]].tolist() == [1, LAYERS]
+    assert t.gate_layer[0] == -1
+
+
+def test_there_are_entries_for_as_many_gates_as_plans_can_have() -> None:
+    t = tables(num_slots=5)
+    names = [f"p{n}" for n in range(20)]
+    for name in names:
+        t.add_plan(gated(name, *[gate(name=f"g{n}") for n in range(MAX_GATES)]))
+    for start in range(0, 20, 4):
+        residents = [t.place(name) for name in names[start : start + 4]]
+        entries = [entry for resident in residents for entry in resident.entries]
+        assert len(set(entries)) == 4 * MAX_GATES
+        for name in names[start : start + 4]:
+            t.release(name)
+    assert t.evictions == 16
+
+
+def test_what_could_not_be_written_is_not_found_later_and_keeps_nothing(monkeypatch) -> None:
+    """A device that runs out of memory must not leave an empty row that looks resident."""
+    t = tables(num_slots=2)
+    t.add_plan(gated("p", *[gate()] * MAX_GATES))
 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    stamped = {"trimtab": {"plan": "a", "strength": 1.0}}
-    with monkeypatch.context() as patch:
-        patch.setattr(requests.tables, "_write", fail)
-        requests.enter("first", stamped)
-    requests.enter("second", stamped)
-    assert requests.take_reports() == {"first": (False, "internal"), "second": (True, None)}
-    assert (
-        requests.tables.table[1, requests.placements["second"].slots[0]].tolist() == [1.0] * HIDDEN
-    )
+    for method in ("_write", "_write_gate"):
+        for _ in range(3):
+            with monkeypatch.context() as patch:
+                patch.setattr(t, method, fail)
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    t.place("p")
+    assert t.pinned == 0
+    (slot,) = t.place("p").slots
+    assert t.add[1, slot].tolist() == [1.0] * HIDDEN
 
 
-def test_a_fault_on_a_rank_that_nobody_hears_is_not_kept_quiet(monkeypatch) -> None:
-    requests = WorkerRequests(tables(), heard=False)
-    requests.tables.add_plan(payload("a"))
-    monkeypatch.setattr(requests.tables, "_write", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        requests.enter("first", {"trimtab": {"plan": "a", "strength": 1.0}})
+# -- faults ----------------------------------------------------------------------------------------
+
+
+def bad(name: str, **changes: object) -> PlanPayload:
+    return replace(gated(name), **changes)
+
+
+def many(name: str, projections: int) -> PlanPayload:
+    return uniform(name, replace(projected(), projections=projected().projections * projections))
+
+
+WIDE = np.ones((1, HIDDEN + 1), dtype=np.float32)
+
+FAULTS = {
+    "needs 4 slots, there are 3": uniform("p", *[added()] * 4),
+    "has 4 gates": gated("p", *[gate()] * 4),
+    "has 1 gates and 1 sets of cases": bad("p", cases=((0,) * 5,)),
+    "has 4 windows, 3 are the most": bad("p", windows=(1, 2, 3, 4)),
+    "is 5 wide, the residual stream 4": uniform("p", RowPayload((0,), WIDE)),
+    "is 5 wide, the residual": uniform("p", projected(width=5)),
+    "is 5 wide": gated("p", gate(weight=WIDE[0])),
+    "reads layer 4, the model has layers 0 to 2": gated("p", gate(layer=LAYERS + 1)),
+    "reads layer -1": gated("p", gate(layer=-1)),
+    "has a probe of kind cosine that is not finite": gated(
+        "p", gate(weight=np.full(HIDDEN, np.nan, dtype=np.float32))
+    ),
+    "has a probe of kind other": gated("p", gate(read_out="other")),
+    "edits layer 3, the model has layers 0 to 2": uniform("p", added(LAYERS)),
+    "edits layer 4": uniform("p", projected(layer=4)),
+    "edits layer 5": uniform("p", scaled((5, 0, 1.0))),
+    "holds a number that is not finite": uniform("p", added(value=float("nan"))),
+    "not finite or that": uniform("p", added(value=float("inf"))),
+    "holds a projection that is not finite": uniform("p", projected(low=float("nan"))),
+    "projects on more than 4 vectors at the residual site of layer 1": many("p", 5),
+}
+
+
+@pytest.mark.parametrize(("reason", "plan"), FAULTS.items(), ids=FAULTS)
+def test_a_plan_that_does_not_fit_is_refused(reason: str, plan: PlanPayload) -> None:
+    t = tables()
+    with pytest.raises(ValueError, match=f"plan p .*{reason}"):
+        t.add_plan(plan)
+    assert t.plans == frozenset()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        uniform("p", *[added()] * 3),
+        gated("p", *[gate()] * 3),
+        gated("p", gate(layer=LAYERS)),
+        many("p", 4),
+        uniform("p", projected(low=-np.inf)),
+        uniform("p", scaled((LAYERS - 1, HEADS - 1, 1.0))),
+    ],
+    ids=["slots", "gates", "final norm", "projections", "no bound", "heads"],
+)
+def test_a_plan_that_just_fits_is_not(plan: PlanPayload) -> None:
+    t = tables()
+    t.add_plan(plan)
+    t.place("p")
+
+
+def test_what_is_not_hooked_is_refused() -> None:
+    t = tables(num_heads=0, sites=("residual",))
+    with pytest.raises(ValueError, match="scales attention heads, which are not hooked"):
+        t.add_plan(uniform("p", scaled((0, 0, 1.0))))
+    for site, name in ((1, "attention"), (2, "mlp")):
+        with pytest.raises(ValueError, match=f"edits the site {name}, which is not hooked"):
+            t.add_plan(uniform("p", projected(site=site)))
+    t.add_plan(uniform("p", projected(site=0)))
 
 
 def test_a_row_that_the_stream_s_type_cannot_hold_is_refused() -> None:
-    half = SteeringTables(LAYERS, 4, HIDDEN, 64, torch.device("cpu"), torch.float16)
-    half.add_plan(payload("fits", value=6e4))
+    half = tables(dtype=torch.float16)
+    half.add_plan(uniform("fits", added(value=6e4)))
     with pytest.raises(ValueError, match="65504"):
-        half.add_plan(payload("large", value=1e5))
+        half.add_plan(uniform("large", added(value=1e5)))
 
 
-@pytest.mark.parametrize(("strength", "kept"), [(1e-46, 0.0), (0.5, 0.5), (-2.0, -2.0)])
-def test_a_strength_that_float32_rounds_to_0_is_0(strength: float, kept: float) -> None:
-    stamp = read_stamp({"trimtab": {"plan": "a", "strength": strength}})
-    assert stamp is not None
-    assert stamp.strength == kept
+# -- the wire --------------------------------------------------------------------------------------
 
 
-def test_a_strength_beyond_float32_is_refused() -> None:
-    with pytest.raises(ValueError, match="32-bit"):
-        read_stamp({"trimtab": {"plan": "a", "strength": 1e39}})
+def test_the_wire_form_round_trips() -> None:
+    nothing = RowPayload((), np.empty((0, HIDDEN), np.float32))
+    rows = (full(), projected(vectors=2), nothing)
+    cases = tuple(tuple((0, 1, 2, None)[(n + m) % 4] for n in range(8)) for m in range(2))
+    plan = PlanPayload("p", rows, cases, (7,), (gate(low=-np.inf),), thinking=True)
+    back = PlanPayload.from_wire(plan.to_wire())
+    assert back.to_wire() == plan.to_wire()
+    assert (back.cases, back.windows, back.thinking) == (plan.cases, plan.windows, plan.thinking)
+    assert np.array_equal(back.rows[0].vectors, plan.rows[0].vectors)
+    assert [p.parameters for p in back.rows[0].projections] == [(1.0, -np.inf, 0.5)] * 3
+    assert back.rows[0].heads == plan.rows[0].heads
+    assert (back.gates[0].low, back.gates[0].high, back.gates[0].bias) == (-np.inf, 0.75, 2.0)
 
 
-def test_a_cleared_step_leaves_no_strength_behind() -> None:
-    t = tables()
-    t.add_plan(payload("a"))
-    one = np.ones(1, dtype=np.int32)
-    t.fill([t.place("a", 3.0)], 0 * one, one, one)
-    assert t.uniform is not None
-    assert t.strengths[0] == 3.0
-    t.clear()
-    assert not t.strengths.any()
-    assert not t.edited.any()
-    assert t.uniform is None
+def test_vectors_that_do_not_add_up_are_refused() -> None:
+    wire = uniform("p").to_wire()
+    wire["rows"][0]["layers"] = [0, 1]
+    with pytest.raises(ValueError, match="1 vectors for 2 layers"):
+        PlanPayload.from_wire(wire)
+
+
+def test_a_plan_says_where_it_acts() -> None:
+    plan = replace(gated("p", gate(layer=2)), rows=(full(0), added(1)))
+    assert plan.sites == {
+        "add": {0, 1},
+        "heads": {0},
+        "residual": {0},
+        "attention": {0},
+        "mlp": {0},
+        "gates": {2},
+    }
