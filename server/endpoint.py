@@ -6,13 +6,15 @@ authentication turns away are never seen here. ``init_state`` runs when the engi
 before the HTTP server listens, so a server that cannot steer is never ready.
 
 Extension points, checked against vLLM 0.32 and 0.33: ``vllm.plugins.endpoint_plugins.interface.
-EndpointPlugin`` (``name``, ``required_tasks``, ``attach_router``, ``init_state``); in the app's
-state, ``openai_serving_models`` (``base_model_paths``, ``lora_requests``).
+EndpointPlugin`` (``name``, ``required_tasks``, ``attach_router``, ``init_state``); ``AsyncLLM``'s
+``errored`` and ``shutdown``, which is called whenever a server ends; in the app's state,
+``openai_serving_models`` (``base_model_paths``, ``lora_requests``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 from argparse import Namespace
@@ -63,6 +65,7 @@ class TrimtabEndpoint:
             sentence = error if isinstance(error, TrimtabError) else _unexpected(error)
             self._settings.record_failure(str(sentence))
             raise
+        _tell_of_death(self._settings, engine_client)
 
     async def _start(
         self, settings: Settings, engine_client: Any, state: State, args: Namespace
@@ -110,6 +113,22 @@ class TrimtabEndpoint:
         else:
             metrics.follow_slots(service.model_name, service.ledger.snapshot)
         state.trimtab = service
+
+
+def _tell_of_death(settings: Settings, engine_client: Any) -> None:
+    """Make a server whose engine died end with a reason; vLLM ends it as if it had been asked to.
+
+    Its client is shut down in both cases, and only in this one has the engine failed before.
+    """
+    shutdown = engine_client.shutdown
+
+    @functools.wraps(shutdown)
+    def telling_shutdown(*args: Any, **kwargs: Any) -> Any:
+        if engine_client.errored:
+            settings.record_failure("E_ENGINE: the engine's process ended while it was serving")
+        return shutdown(*args, **kwargs)
+
+    engine_client.shutdown = telling_shutdown
 
 
 def _unexpected(error: Exception) -> str:
