@@ -118,12 +118,14 @@ class TrimtabEndpoint:
 def _tell_of_death(settings: Settings, engine_client: Any) -> None:
     """Make a server whose engine died end with a reason; vLLM ends it as if it had been asked to.
 
-    Its client is shut down in both cases, and only in this one has the engine failed before.
+    Its client is shut down in both cases, more than once, and only in this one has the engine failed
+    before the first time.
     """
     shutdown = engine_client.shutdown
 
     @functools.wraps(shutdown)
     def telling_shutdown(*args: Any, **kwargs: Any) -> Any:
+        engine_client.shutdown = shutdown
         if engine_client.errored:
             settings.record_failure("E_ENGINE: the engine's process ended while it was serving")
         return shutdown(*args, **kwargs)

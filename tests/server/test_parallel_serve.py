@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.conftest import build_tiny_checkpoint
 from tests.server.served import Served, serve
 from tests.steering.engine.harness import (
+    TOLERANCE,
     Answer,
     Request,
     World,
@@ -57,6 +59,8 @@ def start(world: World, name: str, *arguments: str) -> Iterator[Served]:
         log=home / f"{name}.log",
         # For the route that asks the workers.
         env={"VLLM_SERVER_DEV_MODE": "1"},
+        # Up to seven processes import vLLM at once.
+        ready_within=480,
     ) as server:
         yield server
 
@@ -70,23 +74,21 @@ def engines(world: World) -> Iterator[Served]:
 
 
 class Connection:
-    """A client that stays with one of the server's processes.
+    """A client that stays with one of the server's API processes.
 
     Attributes:
-        process: the number of the process, as the server's log tells it.
+        process: the id of the process that holds the other end.
     """
 
     def __init__(self, served: Served, client: httpx.Client) -> None:
         self._client = client
-        answer = client.get("/v1/steering/status")
-        self._port = _port(answer)
-        self.process = 0
-        said = re.compile(rf"\(ApiServer_(\d+) [^\n]*127\.0\.0\.1:{self._port} ")
-        deadline = time.monotonic() + 10
-        while not (found := said.search(served.log.read_text(errors="replace"))):
-            assert time.monotonic() < deadline, "the log does not say which process answered"
-            time.sleep(0.02)
-        self.process = int(found.group(1))
+        self._port = _port(client.get("/v1/steering/status"))
+        (self.process,) = (
+            process.pid
+            for process in psutil.Process(served.process.pid).children(recursive=True)
+            for end in process.net_connections("tcp")
+            if end.raddr and end.raddr.port == self._port
+        )
 
     def post(self, body: dict[str, Any], **headers: str) -> httpx.Response:
         answer = self._client.post("/v1/completions", json=body, headers=headers)
@@ -107,7 +109,7 @@ def _port(answer: httpx.Response) -> int:
 
 @contextlib.contextmanager
 def connection(served: Served, process: int) -> Iterator[Connection]:
-    """A connection to one process: the kernel chooses, so it is asked until it chooses right."""
+    """A connection to one API process: the kernel chooses, so it is asked until it chooses right."""
     for _ in range(60):
         with served.client() as client:
             found = Connection(served, client)
@@ -115,6 +117,18 @@ def connection(served: Served, process: int) -> Iterator[Connection]:
                 yield found
                 return
     raise AssertionError(f"no connection reached process {process}")
+
+
+@pytest.fixture(scope="module")
+def processes(engines: Served) -> list[int]:
+    """The ids of the API processes, as connections find them."""
+    found: set[int] = set()
+    for _ in range(60):
+        with engines.client() as client:
+            found.add(Connection(engines, client).process)
+        if len(found) == 2:
+            return sorted(found)
+    raise AssertionError(f"all connections reached process {found}")
 
 
 def body(request: Request) -> dict[str, Any]:
@@ -185,20 +199,22 @@ def test_ranks_of_stages_and_slices_agree_with_the_reference(world: World) -> No
 
 
 def test_every_engine_behind_every_process_agrees_with_the_reference(
-    engines: Served, world: World
+    engines: Served, processes: list[int], world: World
 ) -> None:
     met: dict[tuple[int, int], list[Answer]] = {}
-    for process in range(2):
+    for process in processes:
         with connection(engines, process) as client:
             for number in range(2):
                 header = {"X-data-parallel-rank": str(number)}
                 answers = [ask(client.post, request, **header) for request in batch(world)]
                 met[process, number] = answers
-    assert_parity(world, met[0, 0], "served, 2 engines, 2 processes")
+    first = met[processes[0], 0]
+    assert_parity(world, first, "served, 2 engines, 2 processes")
+    assert len(met) == 4
     for answers in met.values():
-        assert [a.token_ids for a in answers] == [a.token_ids for a in met[0, 0]]
-        assert_same = zip(answers, met[0, 0], strict=True)
-        assert all(a.logprobs == pytest.approx(b.logprobs, abs=1e-4) for a, b in assert_same)
+        assert [a.token_ids for a in answers] == [a.token_ids for a in first]
+        for answer, other in zip(answers, first, strict=True):
+            assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
 def test_each_process_proves_every_engine(engines: Served) -> None:
@@ -212,7 +228,7 @@ def test_each_process_proves_every_engine(engines: Served) -> None:
 
 
 def test_shares_of_the_slots_hold_where_two_processes_meet_on_one_engine(
-    engines: Served, world: World
+    engines: Served, processes: list[int], world: World
 ) -> None:
     prompt = batch(world)[0].prompt[:8]
     here = {"X-data-parallel-rank": "0"}
@@ -225,8 +241,8 @@ def test_shares_of_the_slots_hold_where_two_processes_meet_on_one_engine(
         return body(Request(prompt, policy, max_tokens=2))
 
     with contextlib.ExitStack() as stack:
-        streamers = [stack.enter_context(connection(engines, n)) for n in range(2)]
-        askers = [stack.enter_context(connection(engines, n)) for n in range(2)]
+        streamers = [stack.enter_context(connection(engines, n)) for n in processes]
+        askers = [stack.enter_context(connection(engines, n)) for n in processes]
         # Each takes both slots of its process, on the same engine.
         for streamer, policy in zip(streamers, ("every-phase", "split"), strict=True):
             stream = stack.enter_context(streamer.stream(long(policy), **here))
@@ -251,6 +267,6 @@ def test_shares_of_the_slots_hold_where_two_processes_meet_on_one_engine(
     wait_for(lambda: engines.metrics()[slots("free")] == SLOTS - 1)
     assert engines.metrics()[slots("in_use")] == 0
     # A step without work is what tells a worker that the last request is gone.
-    with connection(engines, 0) as client:
+    with connection(engines, processes[0]) as client:
         assert client.post(short(None), **here).status_code == 200
     assert workers(engines)[0]["pinned_slots"] == 0

@@ -64,6 +64,8 @@ def served(checkpoint: Path, home: Path, policies: Path) -> Iterator[Served]:
     with serve(checkpoint, home, arguments, log=log) as server:
         yield server
         assert server.process.poll() is None, log.read_text()[-4000:]
+    # It was asked to end, which is no failure.
+    assert "E_ENGINE" not in log.read_text(errors="replace")
 
 
 @pytest.fixture
