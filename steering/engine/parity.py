@@ -314,8 +314,11 @@ class Judgement:
     gate_faults: tuple[str, ...]
 
 
-def judge(world: World, answer: Answer) -> Judgement:
+def judge(world: World, answer: Answer, *, with_effect: bool = True) -> Judgement:
     """Hold an answer against the reference.
+
+    Args:
+        with_effect: also measure by how much the policy moves it, which takes as long again.
 
     Raises:
         ValueError: the reference cannot tell a site of this model.
@@ -329,9 +332,10 @@ def judge(world: World, answer: Answer) -> Judgement:
     effect = None
     faults: tuple[str, ...] = ()
     if request.policy is not None and request.strength:
-        plain = world.steered(answer, None).logprobs[first:]
-        effect = float((plain.gather(1, chosen)[:, 0] - expected).abs().max())
         faults = gate_faults(answer, reference)
+        if with_effect:
+            plain = world.steered(answer, None).logprobs[first:]
+            effect = float((plain.gather(1, chosen)[:, 0] - expected).abs().max())
     return Judgement(
         answer,
         float((torch.tensor(answer.logprobs) - expected).abs().max()),

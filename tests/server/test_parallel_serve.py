@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from steering.engine.exchange import GateReport
 from tests.conftest import build_tiny_checkpoint
 from tests.server.served import Served, serve
 from tests.steering.engine.harness import (
@@ -22,6 +23,7 @@ from tests.steering.engine.harness import (
     World,
     assert_parity,
     build_world,
+    every_kind,
     standard_policies,
 )
 from tests.steering.engine.parallel_batch import batch, parallel_policies
@@ -32,6 +34,8 @@ pytestmark = pytest.mark.engine
 LAYERS = 8
 # The identity, and for each of the two processes as many as the policies that differ by phase take.
 SLOTS = 5
+# Kinds of edit and a gate, each in few slots.
+SERVED = ("one", "every", "every-phase", "several", "generation", "split", "heads", "late-gate")
 TRACED = json.dumps({"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"})
 
 
@@ -39,13 +43,14 @@ TRACED = json.dumps({"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"})
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("parallel")
     checkpoint = build_tiny_checkpoint(folder / "deep-llama", num_layers=LAYERS)
-    world = build_world(checkpoint, folder / "home")
+    world = build_world(checkpoint, folder / "home", ("t", "e"))
     standard_policies(world)
+    every_kind(world)
     parallel_policies(world)
     (world.store.root / "policies").mkdir()
-    for name, policy in world.policies.items():
+    for name in SERVED:
         path = world.store.root / "policies" / f"{name}.yaml"
-        path.write_text(policy.model_dump_json(by_alias=True))
+        path.write_bytes(world.policies[name].canonical)
     return world
 
 
@@ -155,6 +160,9 @@ def ask(post: Callable[..., httpx.Response], request: Request, **headers: str) -
         choice["text"],
         choice["finish_reason"],
         0,
+        tuple(
+            GateReport(name, **gate) for name, gate in choice["steering"].get("gates", {}).items()
+        ),
     )
 
 
@@ -187,7 +195,7 @@ def test_ranks_of_stages_and_slices_agree_with_the_reference(world: World) -> No
         def post(body: dict[str, Any]) -> httpx.Response:
             return client.post("/v1/completions", json=body)
 
-        answers = [ask(post, request) for request in batch(world)]
+        answers = [ask(post, request) for request in batch(world, (None, *SERVED))]
         found = workers(ranks)
     assert (proof["engines"], proof["layers"]) == (1, list(range(LAYERS)))
     half = LAYERS // 2
@@ -206,7 +214,9 @@ def test_every_engine_behind_every_process_agrees_with_the_reference(
         with connection(engines, process) as client:
             for number in range(2):
                 header = {"X-data-parallel-rank": str(number)}
-                answers = [ask(client.post, request, **header) for request in batch(world)]
+                answers = [
+                    ask(client.post, request, **header) for request in batch(world, (None, *SERVED))
+                ]
                 met[process, number] = answers
     first = met[processes[0], 0]
     assert_parity(world, first, "served, 2 engines, 2 processes")
@@ -230,7 +240,7 @@ def test_each_process_proves_every_engine(engines: Served) -> None:
 def test_shares_of_the_slots_hold_where_two_processes_meet_on_one_engine(
     engines: Served, processes: list[int], world: World
 ) -> None:
-    prompt = batch(world)[0].prompt[:8]
+    prompt = batch(world, (None, *SERVED))[0].prompt[:8]
     here = {"X-data-parallel-rank": "0"}
     there = {"X-data-parallel-rank": "1"}
 

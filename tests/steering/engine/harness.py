@@ -211,6 +211,9 @@ def every_kind(world: World) -> None:
     )
 
 
+LEAST_FLOOR = 5e-6
+
+
 @dataclass(frozen=True)
 class Parity:
     """How far the engine is from the reference, in nats of the chosen tokens' log-probabilities.
@@ -218,7 +221,7 @@ class Parity:
     Attributes:
         floor: largest difference of unsteered answers.
         worst: largest difference of steered answers.
-        effect: smallest over the steered answers of how much the policy moved any chosen token.
+        effect: smallest over policies and strengths of how much the first answer was moved at any token.
         by_case: largest difference by policy and strength.
     """
 
@@ -235,17 +238,16 @@ def compare(world: World, answers: Sequence[Answer]) -> Parity:
     effect = float("inf")
     for answer in answers:
         request = answer.request
-        found = judge(world, answer)
+        case = "plain" if request.policy is None else f"{request.policy} x {request.strength:g}"
+        found = judge(world, answer, with_effect=case not in by_case)
         assert found.regret is None or found.regret <= 2 * TOLERANCE, (
             f"not the reference's greedy choice: {found.regret:.2g} nats"
         )
         assert not found.gate_faults, (request, found.gate_faults)
         if request.policy is None:
             floor = max(floor, found.difference)
-            case = "plain"
         else:
             worst = max(worst, found.difference)
-            case = f"{request.policy} x {request.strength:g}"
             if found.effect is not None and not world.policies[request.policy].gates:
                 effect = min(effect, found.effect)
         by_case[case] = max(by_case.get(case, 0.0), found.difference)
@@ -258,7 +260,11 @@ def compare_gates(answer: Answer, reference: Steered) -> None:
 
 
 def assert_parity(world: World, answers: Sequence[Answer], label: str) -> Parity:
-    """The bound of the project: 1e-4, and no more than twice the floor of the same run."""
+    """The bound of the project: 1e-4, and no more than twice the floor of the same run.
+
+    A floor below 5e-6 is a few units in the last place of a logit, and says more about how few plain
+    tokens were looked at than about the engine.
+    """
     parity = compare(world, answers)
     lines = "  ".join(f"{case}: {value:.1e}" for case, value in sorted(parity.by_case.items()))
     tokens = sum(len(a.token_ids) for a in answers)
@@ -269,5 +275,5 @@ def assert_parity(world: World, answers: Sequence[Answer], label: str) -> Parity
     assert parity.effect > 100 * TOLERANCE, "a policy of this batch does nothing measurable"
     assert parity.floor <= TOLERANCE
     assert parity.worst <= TOLERANCE
-    assert parity.worst <= 2 * parity.floor
+    assert parity.worst <= 2 * max(parity.floor, LEAST_FLOOR)
     return parity

@@ -130,8 +130,8 @@ def assert_gates_matter(world, answers) -> None:
     effects: dict[str, float] = {}
     for answer in answers:
         name = answer.request.policy
-        if any(gate.fired for gate in answer.gates):
-            effects[name] = max(effects.get(name, 0.0), gate_effect(world, answer))
+        if name not in effects and any(gate.fired for gate in answer.gates):
+            effects[name] = gate_effect(world, answer)
     shown = "  ".join(f"{name}: {effect:.2g}" for name, effect in sorted(effects.items()))
     print(f"[gates] largest effect of what they open, in nats; {shown}")
     assert max(effects.values()) > 100 * TOLERANCE
