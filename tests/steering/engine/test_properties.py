@@ -33,7 +33,7 @@ from tests.steering.engine.harness import (
     exchange_for,
     sampling,
 )
-from tests.steering.engine.test_parity import metric, record_prompt_spans
+from tests.steering.engine.test_parity import metric, record_schedule
 
 pytestmark = pytest.mark.engine
 
@@ -273,7 +273,7 @@ def test_random_policies_batches_and_schedules_agree_with_the_reference(
 ) -> None:
     numbers = count()
     texts = np.random.default_rng(3).integers(3, 300, size=(2, 150))
-    spans = record_prompt_spans(starved)
+    spans, _ = record_schedule(starved)
     before = metric(starved, "vllm:num_preemptions")
     floors: list[float] = []
     steered: list[float] = []
