@@ -11,8 +11,9 @@ and the gate is open iff ``low < score < high``. When it is decided is said by `
 
 * ``token``: for each token in the scope of an edit that it opens by itself, for the token's later
   layers only.
-* ``prompt_end``: at the last prompt token, for the rest of its layers and for all later tokens.
-* ``think_end``: where thinking first ends, for the rest of the token's layers and for all later
+* ``prompt_end``: at the last prompt token, for what comes after the reading (the stream's edits of
+  the same layer, and all later layers) and for all later tokens.
+* ``think_end``: where thinking first ends, for what comes after the reading and for all later
   tokens. That is at each token of the first unbroken run of ``think_end`` tokens, which begins with
   the last prompt token if the prompt ends just after its thinking; for what follows, the latest
   decision counts. Ends of thinking after that run decide nothing.
@@ -220,7 +221,7 @@ class Gate(ClosedModel):
             )
         elif (
             self.at != "token"
-            and len(early) == len(layers)
+            and all(layer < gate_layer for layer in layers)
             and not phases_of(scope) & _LATER[self.at]
             and not windows_of(scope)
         ):

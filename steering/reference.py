@@ -286,27 +286,29 @@ class Steering:
         gate, score = self.gates[name], self.scores[name][position]
         return (gate.low is None or gate.low < score) and (gate.high is None or score < gate.high)
 
-    def is_open(self, name: str, position: int, layer: int) -> bool:
+    def is_open(self, name: str, position: int, layer: int, on_stream: bool) -> bool:
         """Whether a gate is open for the edits of one layer at one token.
 
-        At a token at which it is decided, its own decision counts, for the layers above the
-        gate's; the gate is closed for those up to it. At any other token the latest decision
+        At a token at which it is decided, its own decision counts, for all that comes after the
+        gate has read: the layers above the gate's, and the edits of the stream after the gate's own
+        layer; for what comes before, the gate is closed. At any other token the latest decision
         counts, for all layers; before the first, the gate is closed.
         """
         gate, site = self.gates[name], self.probes[name].card.layer
         gate_layer = self._num_layers if site is None else site
         if self.decides(gate, position):
-            return layer > gate_layer and self.opens(name, position)
+            after = layer > gate_layer or (on_stream and layer == gate_layer)
+            return after and self.opens(name, position)
         latest = next((p for p in reversed(range(position)) if self.decides(gate, p)), None)
         return latest is not None and self.opens(name, latest)
 
-    def active(self, name: str, position: int, layer: int) -> bool:
+    def active(self, name: str, position: int, layer: int, on_stream: bool = False) -> bool:
         """Whether an edit acts on one token at one layer: in scope, and not behind closed gates."""
         phase = self.phase(position)
         if not in_scope(self.edits[name], position, self._num_prompt_tokens, phase):
             return False
         gates = [gate for gate, keys in self.gates.items() if name in keys.then]
-        return not gates or any(self.is_open(gate, position, layer) for gate in gates)
+        return not gates or any(self.is_open(gate, position, layer, on_stream) for gate in gates)
 
     def latches(self, position: int) -> bool:
         """Whether a gate is decided at a position that later tokens then find open or closed."""
@@ -410,12 +412,14 @@ def _edit_hooks(
             for site in sites:
                 acting.setdefault((site, layer), []).append((name, change))
 
-    def hook_of(layer: int, changes: list[tuple[str, Change]]) -> Callable[..., Any]:
+    def hook_of(
+        layer: int, changes: list[tuple[str, Change]], on_stream: bool
+    ) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: object, output: Any) -> Any:
             changed = _first(output).clone()
             for t in range(changed.shape[-2]):
                 for name, change in changes:
-                    if now.active(name, first_position() + t, layer):
+                    if now.active(name, first_position() + t, layer, on_stream):
                         changed[..., t, :] = change(changed[..., t, :], strength)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
@@ -423,10 +427,10 @@ def _edit_hooks(
 
     for (site, layer), changes in acting.items():
         if site == "residual":
-            yield layers[layer], hook_of(layer, changes)
+            yield layers[layer], hook_of(layer, changes, on_stream=True)
         else:
             block = block_of(layers[layer], "attention" if site == "attention" else "mlp")
-            yield block, hook_of(layer, changes)
+            yield block, hook_of(layer, changes, on_stream=False)
 
 
 def _head_hooks(

@@ -872,7 +872,7 @@ def test_a_threshold_is_not_within_its_range(
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3, None])
-def test_a_prompt_end_gate_opens_for_later_layers_and_then_for_all(
+def test_a_prompt_end_gate_opens_for_what_follows_and_then_for_all(
     layer: int | None, model: Any, store: Store, vectors: dict[str, np.ndarray]
 ) -> None:
     put_probe(store, "probe", layer)
@@ -886,7 +886,7 @@ def test_a_prompt_end_gate_opens_for_later_layers_and_then_for_all(
 
     later = set(range(8, 14))
     assert touched(model, guard(score - 1e-3), store) == [
-        later | {7} if n > (4 if layer is None else layer) else later for n in range(4)
+        later | {7} if n >= (4 if layer is None else layer) else later for n in range(4)
     ]
     assert touched(model, guard(score + 1e-3), store) == [set()] * 4
     result = steered(model, guard(score - 1e-3), store, TEXT, len(PROMPT)).gates["g"]
@@ -914,13 +914,13 @@ def test_a_think_end_gate_follows_its_latest_decision(
     assert abs(scores[END] - scores[BLANK]) > 1e-3
     rest = {YES, 13}
 
-    # Both decisions open: at a deciding token only the layers above the gate's.
-    both = [rest, rest, rest | {END, BLANK}, rest | {END, BLANK}]
+    # Both decisions open: at a deciding token only what comes after the reading.
+    both = [rest, *[rest | {END, BLANK}] * 3]
     assert touched(model, think_end_gate({"above": -1.0}), store) == both
     # Only the first: the second closes again for all that follows.
-    assert touched(model, think_end_gate(first), store) == [set(), set(), {END}, {END}]
+    assert touched(model, think_end_gate(first), store) == [set(), {END}, {END}, {END}]
     # Only the second.
-    late = [rest, rest, rest | {BLANK}, rest | {BLANK}]
+    late = [rest, *[rest | {BLANK}] * 3]
     assert touched(model, think_end_gate(second), store) == late
     assert touched(model, think_end_gate({"above": 2.0}), store) == [set()] * 4
 
@@ -940,8 +940,8 @@ def test_a_think_end_token_starts_closed_even_after_an_open_decision(
 
     got = touched(model, think_end_gate({"above": -1.0}), store, texts)
 
-    # The last of the prompt, 8 and 9 decide, each open: none of them is touched up to layer 1.
-    assert got == [{10, 11, 12, 13}] * 2 + [{7, 8, 9, 10, 11, 12, 13}] * 2
+    # The last of the prompt, 8 and 9 decide, each open: none of them is touched before layer 1.
+    assert got == [{10, 11, 12, 13}] + [{7, 8, 9, 10, 11, 12, 13}] * 3
 
 
 @pytest.mark.parametrize("opens", [True, False])
@@ -959,7 +959,7 @@ def test_later_ends_of_thinking_find_the_gate_as_the_first_has_left_it(
     got = touched(model, think_end_gate(rule), store, texts)
 
     later = {10, 11, 12, 13}
-    assert got == ([later] * 2 + [later | {9}] * 2 if opens else [set()] * 4)
+    assert got == ([later] + [later | {9}] * 3 if opens else [set()] * 4)
     result = steered(
         model, think_end_gate(rule), store, TEXT, len(PROMPT), texts=texts, thinking=THINKING
     ).gates["g"]
@@ -978,7 +978,7 @@ def test_thinking_that_ends_within_the_prompt_is_decided_at_its_end(
 
     if ended:  # the white space at position 8 belongs to the end of thinking
         rest = set(range(9, 14))
-        assert got == [rest, rest, rest | {7, 8}, rest | {7, 8}]
+        assert got == [rest, *[rest | {7, 8}] * 3]
     else:
         assert got == [set()] * 4
 

@@ -95,6 +95,8 @@ def every_kind(world: World) -> None:
     low, middle, high = last // 4, last // 2, (3 * last) // 4
     alpha = {"direction": "alpha@1", "unit": "relative", "strength": 0.15}
     rise = {"add": {**alpha, "layers": f"{middle + 1}-{last}"}}
+    # From before the probe's layer to after it: what has come before the reading stays as it was.
+    across = {"add": {**alpha, "layers": f"{low}-{last}"}}
     some_heads = [[low, 0], [middle, 1], [high, heads - 1], [last, 0]]
     world.add_policy("heads", {"h": {"scale_heads": {"heads": some_heads, "factor": 0.0}}})
     world.add_policy(
@@ -177,8 +179,20 @@ def every_kind(world: World) -> None:
     for name, keys in (("above", {"above": 0.5}), ("below", {"below": 0.5})):
         world.add_policy(
             f"gate-{name}",
-            {"rise": {**rise, "scope": "all"}, "always": {"add": {**alpha, "layers": low}}},
-            {"g": {"probe": "middle@1", "at": "prompt_end", **keys, "then": ["rise"]}},
+            {
+                "rise": {**across, "scope": "all"},
+                "turn": {"rotate": {"plane": ["beta@1", "alpha@1"], "layers": middle, "by": 40}},
+                "quiet": {"scale_heads": {"heads": [[middle, 0], [last, 1]], "factor": 0.0}},
+                "always": {"add": {**alpha, "layers": low}},
+            },
+            {
+                "g": {
+                    "probe": "middle@1",
+                    "at": "prompt_end",
+                    **keys,
+                    "then": ["rise", "turn", "quiet"],
+                }
+            },
         )
     world.add_policy(
         "gate-token",
