@@ -260,7 +260,8 @@ def _is_elsewhere(module: nn.Module) -> bool:
 def _is_projection(module: nn.Module) -> bool:
     from vllm.model_executor.layers.linear import LinearBase
 
-    return isinstance(module, LinearBase)
+    # An adapter's wrapper holds the projection that it replaces.
+    return isinstance(getattr(module, "base_layer", module), LinearBase)
 
 
 def _mixes_features(module: nn.Module) -> bool:

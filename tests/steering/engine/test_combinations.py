@@ -151,6 +151,8 @@ class Setting:
             [*ask.prompt, *told.token_ids],
             len(ask.prompt),
             ask.strength,
+            tokenizer=self.world.tokenizer,
+            thinking=self.world.thinking,
         )
 
 

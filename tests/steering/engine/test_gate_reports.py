@@ -123,8 +123,7 @@ def test_what_is_reported_while_an_answer_is_made_is_true_of_the_tokens_so_far(
         assert len({part.gates for part in parts}) > 1
 
 
-@pytest.mark.xfail(strict=True, reason="edits of the gate's own layer find the token moved already")
-def test_a_gate_opens_nothing_at_its_own_layer_for_the_token_that_decides(
+def test_a_gate_opens_the_edits_of_the_stream_that_it_has_just_read(
     llm, tiny_world, prompts
 ) -> None:
     """A gate and an edit of the residual stream may meet at one layer; the gate reads first."""

@@ -28,7 +28,6 @@ def usual() -> Any:
     from vllm.config import CompilationConfig, ParallelConfig
 
     return SimpleNamespace(
-        use_v2_model_runner=False,
         parallel_config=ParallelConfig(),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         compilation_config=CompilationConfig(),
@@ -45,7 +44,6 @@ def usual() -> Any:
 @pytest.mark.parametrize(
     ("path", "value", "option"),
     [
-        ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER"),
         ("parallel_config.enable_dbo", True, "--enable-dbo"),
         ("parallel_config.ubatch_size", 2, "--enable-dbo"),
         ("compilation_config.pass_config", SimpleNamespace(enable_sp=True), "enable_sp"),
