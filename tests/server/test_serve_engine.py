@@ -60,6 +60,7 @@ def policies(home: Path) -> Path:
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, home: Path, policies: Path) -> Iterator[Served]:
     arguments = [f"--policies={policies}", f"--max-body-bytes={LIMIT}", "--enable-scale-out"]
+    arguments += ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]
     log = home / "serve.log"
     with serve(checkpoint, home, arguments, log=log) as server:
         yield server
@@ -215,6 +216,69 @@ def test_several_prompts_in_one_request_are_all_steered(client: httpx.Client) ->
     choices = answer.json()["choices"]
     assert [choice["steering"] for choice in choices] == [GUARD, GUARD]
     assert choices[0]["token_ids"] == tokens(client, model="tiny@guard")
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "turn",
+        # Without it vLLM takes any JSON for the arguments.
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"course": {"type": "string", "pattern": "^[a-z]{12}$"}},
+            "required": ["course"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def terse(checkpoint: Path) -> dict[str, int]:
+    """A bias against white space, of which JSON allows any amount and a random model writes no end."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return {str(n): -100 for n in range(len(tokenizer)) if not tokenizer.decode([n]).strip()}
+
+
+def tool_call(client: httpx.Client, choice: Any, *, stream: bool, **keys: Any) -> str:
+    """The course that the model calls the tool with, from a whole answer or pieced together."""
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 200, "temperature": 0, **keys}
+    body |= {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False, "stream": stream}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    choices = [c for e in events(answer.text) for c in e["choices"]] if stream else []
+    choices = choices or answer.json()["choices"]
+    parts = [choice["delta" if stream else "message"] for choice in choices]
+    calls = [call["function"] for part in parts for call in part.get("tool_calls") or []]
+    assert "".join(call.get("name") or "" for call in calls) == "turn", answer.text
+    arguments = json.loads("".join(call.get("arguments") or "" for call in calls))
+    reports = [choice["steering"] for choice in choices if "steering" in choice]
+    assert len(reports) == 1
+    assert reports[0]["applied"] is (answer.headers["x-trimtab-applied"] == "enforce")
+    assert reports[0]["applied"] is (body["model"] == "tiny@guard")
+    return str(arguments["course"])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    "choice",
+    ["required", {"type": "function", "function": {"name": "turn"}}],
+    ids=["required", "named"],
+)
+def test_a_tool_is_called_with_what_the_steered_model_says(
+    client: httpx.Client, terse: dict[str, int], choice: Any, stream: bool
+) -> None:
+    keys: dict[str, Any] = {"stream": stream, "logit_bias": terse}
+    guarded = {**keys, "model": "tiny@guard"}
+    plain = tool_call(client, choice, **keys)
+    steered = tool_call(client, choice, **guarded)
+    assert len(plain) == len(steered) == 12
+    assert steered != plain
+    assert tool_call(client, choice, **{**guarded, "stream": not stream}) == steered
+    assert tool_call(client, choice, **keys) == plain
 
 
 def test_a_route_that_only_passes_tokens_is_steered_too(client: httpx.Client) -> None:
