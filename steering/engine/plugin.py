@@ -25,10 +25,10 @@ def register() -> None:
     if _registered or not enabled():
         return
     check_touchpoints()
+    import vllm.v1.core.kv_cache_utils as kv_cache_utils
     from vllm.config.scheduler import SchedulerConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-    from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
