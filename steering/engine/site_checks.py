@@ -52,10 +52,14 @@ def check_sites(payload: PlanPayload, ranks: Sequence[Status]) -> None:
                 if reason
                 else "this server was started without"
             ),
-            field="model" if reason else "--steering-layers or --steering-sites",
+            field="model" if reason else _left_out_by(site, ranks),
         )
     if payload.gates:
         _check_stage(payload, ranks[-1])
+
+
+def _left_out_by(site: str, ranks: Sequence[Status]) -> str:
+    return "--steering-layers" if hooked_layers(ranks, site) else "--steering-sites"
 
 
 def _check_stage(payload: PlanPayload, last: Status) -> None:
