@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from steering.engine.exchange import Exchange, GateReport
+from steering.engine.exchange import Exchange
+from steering.engine.gate_report import GateReport
 
 Applied = Literal["enforce", "shadow", "off"]
 

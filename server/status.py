@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from server.catalogue import Catalogue
 from server.versions import installed_versions
 from steering.engine.proof import Proof
+from steering.engine.site_checks import hooked_layers, unavailable_sites
 
 
 class PolicyStatus(BaseModel):
@@ -109,15 +110,10 @@ def site_status(ranks: Sequence[Mapping[str, Any]], thinking: tuple[str, str] | 
         ranks: as :func:`steering.engine.control.rank_status` gives them.
         thinking: the markers.
     """
-    hooked: dict[str, set[int]] = {}
-    unavailable: dict[str, str] = {}
-    for rank in ranks:
-        unavailable.update(rank["unavailable"])
-        for site, layers in rank["hooked"].items():
-            hooked.setdefault(site, set()).update(layers)
+    sites = dict.fromkeys(site for rank in ranks for site in rank["hooked"])
     return SiteStatus(
-        hooked={site: sorted(layers) for site, layers in hooked.items()},
-        unavailable=unavailable,
+        hooked={site: hooked_layers(ranks, site) for site in sites},
+        unavailable=unavailable_sites(ranks),
         thinking=None if thinking is None else ThinkingStatus(start=thinking[0], end=thinking[1]),
     )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from steering.engine.stamp import KEY
+from steering.engine.stamp import KEY, stamped
 
 
 def wrap_block_keys(module: Any) -> None:
@@ -28,14 +28,8 @@ def wrap_block_keys(module: Any) -> None:
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> Any:
         keys, index = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        if end_token_idx >= request.num_prompt_tokens and _phased(request):
+        if end_token_idx >= request.num_prompt_tokens and stamped(request).get("phased"):
             keys = (*(keys or ()), (KEY, str(request.num_prompt_tokens)))
         return keys, index
 
     module.generate_block_hash_extra_keys = generate_block_hash_extra_keys
-
-
-def _phased(request: Any) -> bool:
-    params = request.sampling_params
-    stamp = None if params is None else (params.extra_args or {}).get(KEY)
-    return isinstance(stamp, dict) and bool(stamp.get("phased"))

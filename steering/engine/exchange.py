@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from directions.errors import TrimtabError
+from steering.engine.gate_report import GateReport
 from steering.engine.stamp import to_float32
 from steering.plan import Plan
 
@@ -34,26 +35,6 @@ class Acknowledgement:
 
     applied: bool
     reason: str | None = None
-
-
-@dataclass(frozen=True)
-class GateReport:
-    """What one gate of one engine request has come to so far.
-
-    Attributes:
-        name: as the policy calls it.
-        fired: whether it has opened.
-        at: absolute position of the token that decided (of the first that it opened for, where every
-            token decides for itself); ``None`` before.
-        score: the probe's score there.
-        tokens: for how many tokens a gate per token has opened; ``None`` for the others.
-    """
-
-    name: str
-    fired: bool
-    at: int | None = None
-    score: float | None = None
-    tokens: int | None = None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from steering.engine.step import Step
-from steering.ops.read_out import read_out
+from steering.ops.read_out import COMPUTED_BEFORE, read_out
 
 
 def decide_on_host(step: Step, layer: int, x: torch.Tensor, rest: torch.Tensor | None) -> None:
@@ -53,7 +53,7 @@ def decide_on_host(step: Step, layer: int, x: torch.Tensor, rest: torch.Tensor |
             requests.is_open[rows[new], g] = opens[new]
             requests.decided_at[rows[new], g] = positions[new]
             requests.score[rows[new], g] = scores[new]
-        counted = opens & ~latched & (step.decides[tokens] >> 8 & 1 == 0)
+        counted = opens & ~latched & (step.decides[tokens] >> COMPUTED_BEFORE & 1 == 0)
         if counted.any():
             requests.opened[:, g].index_add_(0, rows[counted], counted[counted].int())
             packed = positions[counted].long() << 32 | (

@@ -24,7 +24,8 @@ import torch
 from directions.card import ModelFingerprint
 from directions.errors import TrimtabError
 from directions.store import Store
-from steering.engine.exchange import Exchange, GateReport, current_exchange
+from steering.engine.exchange import Exchange, current_exchange
+from steering.engine.gate_report import GateReport
 from steering.plan import Plan, compile_policy
 from steering.policy import Policy, parse_policy
 from steering.reference import Steered, steered, text_phases, token_texts
@@ -138,7 +139,10 @@ def load_world(path: Path, store: Store, thinking: tuple[str, str] | None) -> Wo
 
     described = fingerprint(path, weights=False)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        # The faster ways in which Transformers computes attention leave out soft caps and sinks.
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
         decoder_layers(model)
     # Loading runs the code of any of hundreds of models.

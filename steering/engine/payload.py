@@ -21,7 +21,6 @@ from steering.plan import PHASES, Plan, PlanGate, Projection, Row, projection_ve
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 MODES: Final = {"clip": CLIP, "turn_to": TURN_TO, "turn_by": TURN_BY}
-READ_OUTS: Final = ("affine", "cosine")
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ import logging
 from typing import Any
 
 from steering.engine.admission import frontend_of, plan_not_placed
-from steering.engine.exchange import Acknowledgement, Exchange, GateReport
+from steering.engine.exchange import Acknowledgement, Exchange
+from steering.engine.gate_report import GateReport
 from steering.engine.runner import REPORTS
-from steering.engine.stamp import KEY, read_stamp
+from steering.engine.stamp import read_stamp, stamped
 
 # A child of vLLM's logger, so that it shows where vLLM's own lines do.
 logger = logging.getLogger("vllm.trimtab")
@@ -88,8 +89,8 @@ def _reporting(base: Any) -> Any:
                 del reports[request_id]
 
         def _fail(self, unplaced: Any, reason: str | None, outputs: dict[int, Any]) -> None:
-            plan = _plan_of(unplaced)
-            for request in [r for r in self.requests.values() if _plan_of(r) == plan]:
+            plan = stamped(unplaced).get("plan")
+            for request in [r for r in self.requests.values() if stamped(r).get("plan") == plan]:
                 logger.error("plan of request %s was not placed: %s", request.request_id, reason)
                 failure = {"applied": False, "reason": reason}
                 self._trimtab_reports.setdefault(request.request_id, {}).update(failure)
@@ -110,17 +111,11 @@ def _reporting(base: Any) -> Any:
     return Reporting
 
 
-def _plan_of(request: Any) -> str | None:
-    params = request.sampling_params
-    stamp = None if params is None else (params.extra_args or {}).get(KEY)
-    return stamp.get("plan") if isinstance(stamp, dict) else None
-
-
 def _take_report(exchange: Exchange, request_id: str, report: dict[str, Any]) -> None:
     if "applied" in report:
         exchange.acknowledgements[request_id] = Acknowledgement(report["applied"], report["reason"])
     if "gates" in report:
-        exchange.gates[request_id] = tuple(GateReport(*gate) for gate in report["gates"])
+        exchange.gates[request_id] = tuple(map(GateReport.from_wire, report["gates"]))
 
 
 def wrap_output_processor(output_processor_class: Any) -> None:

@@ -26,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from steering.engine.gate_report import GateReport
 from steering.engine.tables import MAX_GATES, MAX_WINDOWS, NUM_CASES, Resident
 from steering.engine.transfer import to_device
 
@@ -63,35 +64,7 @@ class Placement:
     tracked: int = 0
     state: int | None = None
     computed: int = 0
-    told: list[Decision] | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What one gate of one request has come to so far.
-
-    Attributes:
-        name: the gate's.
-        fired: whether it has opened.
-        at: position of the deciding token (latched) or of the first that it opened for; ``None`` before.
-        score: the probe's score there.
-        tokens: for how many tokens a gate per token has opened; ``None`` for a latched gate.
-    """
-
-    name: str
-    fired: bool
-    at: int | None
-    score: float | None
-    tokens: int | None
-
-    def to_wire(self) -> list[Any]:
-        """msgpack-native."""
-        return [self.name, self.fired, self.at, self.score, self.tokens]
-
-    @classmethod
-    def from_wire(cls, data: list[Any]) -> Decision:
-        """Read :meth:`to_wire`'s form."""
-        return cls(*data)
+    told: list[GateReport] | None = None
 
 
 class RequestRows:
@@ -206,7 +179,7 @@ class Snapshot:
         self._columns = columns
         self._event = event
 
-    def decisions(self) -> dict[str, list[Decision]]:
+    def decisions(self) -> dict[str, list[GateReport]]:
         """By request, for those whose gates have come to something new; waits for the device."""
         if self._event is not None:
             self._event.synchronize()
@@ -227,17 +200,17 @@ class Snapshot:
         return found
 
 
-def _latched(name: str, is_open: Any, decided_at: Any, score: Any) -> Decision:
+def _latched(name: str, is_open: Any, decided_at: Any, score: Any) -> GateReport:
     if decided_at < 0:
-        return Decision(name, False, None, None, None)
-    return Decision(name, bool(is_open), int(decided_at), float(score), None)
+        return GateReport(name, False, None, None, None)
+    return GateReport(name, bool(is_open), int(decided_at), float(score), None)
 
 
-def _per_token(name: str, first_open: int, opened: int) -> Decision:
+def _per_token(name: str, first_open: int, opened: int) -> GateReport:
     if first_open == NEVER:
-        return Decision(name, False, None, None, 0)
+        return GateReport(name, False, None, None, 0)
     bits = np.array([first_open & 0xFFFFFFFF], dtype=np.uint32)
-    return Decision(name, True, first_open >> 32, float(bits.view(np.float32)[0]), opened)
+    return GateReport(name, True, first_open >> 32, float(bits.view(np.float32)[0]), opened)
 
 
 def _decides(resident: Resident) -> np.ndarray[Any, np.dtype[np.int32]]:

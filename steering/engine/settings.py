@@ -23,6 +23,7 @@ SITE_NAMES = ("add", "heads", "residual", "attention", "mlp", "gates")
 and gates."""
 
 DEFAULT_SLOTS = 32
+DEFAULT_PROJECTIONS = 4
 
 SPARE_ROWS = 8
 """Rows that workers have beyond the slots that are given out. The API process frees a slot when it has
@@ -44,7 +45,7 @@ class EngineSettings:
     slots: int = DEFAULT_SLOTS
     layers: tuple[int, ...] | None = None
     sites: tuple[str, ...] = SITE_NAMES
-    projections: int = 4
+    projections: int = DEFAULT_PROJECTIONS
 
     def __post_init__(self) -> None:
         if not 2 <= self.slots <= 4096:
@@ -96,7 +97,7 @@ class EngineSettings:
                 cannot be read.
         """
         slots = _whole(SLOTS, "E_SLOTS", DEFAULT_SLOTS)
-        projections = _whole(PROJECTIONS, "E_PROJECTIONS", 4)
+        projections = _whole(PROJECTIONS, "E_PROJECTIONS", DEFAULT_PROJECTIONS)
         sites_text = os.environ.get(SITES)
         sites = SITE_NAMES if sites_text is None else tuple(filter(None, sites_text.split(",")))
         layers_text = os.environ.get(LAYERS, "")

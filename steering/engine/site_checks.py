@@ -23,6 +23,11 @@ def hooked_layers(ranks: Sequence[Status], site: str) -> list[int]:
     return sorted({layer for rank in ranks for layer in rank["hooked"].get(site, ())})
 
 
+def unavailable_sites(ranks: Sequence[Status]) -> dict[str, str]:
+    """The sites that the model of these ranks does not have, each with the reason."""
+    return {site: reason for rank in ranks for site, reason in rank["unavailable"].items()}
+
+
 def check_sites(payload: PlanPayload, ranks: Sequence[Status]) -> None:
     """Refuse a plan that acts where nothing would happen.
 
@@ -34,9 +39,7 @@ def check_sites(payload: PlanPayload, ranks: Sequence[Status]) -> None:
         TrimtabError: ``E_SITE_UNHOOKED`` for a site that the model or this server does not have,
             ``E_GATE_PIPELINE`` for gates that reach over pipeline stages.
     """
-    unavailable: dict[str, str] = {}
-    for rank in ranks:
-        unavailable.update(rank["unavailable"])
+    unavailable = unavailable_sites(ranks)
     for site, layers in payload.sites.items():
         missing = sorted(layers - set(hooked_layers(ranks, site)))
         if not missing:

@@ -74,30 +74,7 @@ class LayerSite:
 
         step, tables, layer = self.step, self.step.tables, self.layer
         if self.gates:
-            requests = step.requests
-            tensors = gate_triton.GateTensors(
-                weight=tables.gate_weight,
-                bias=tables.gate_bias,
-                bounds=tables.gate_bounds,
-                read_out=tables.gate_read_out,
-                gate_layer=tables.gate_layer,
-                gates=requests.gates,
-                latched=requests.latched,
-                is_open=requests.is_open,
-                decided_at=requests.decided_at,
-                score=requests.score,
-                first_open=requests.first_open,
-                opened=requests.opened,
-                case_slots=requests.case_slots,
-                rows=step.rows,
-                cases=step.cases,
-                positions=step.positions,
-                decides=step.decides,
-                masks=step.masks,
-                slots=step.slots,
-                layer_counts=step.gate_counts,
-            )
-            gate_triton.launch(x, rest, layer, tensors)
+            gate_triton.launch(x, rest, layer, step.gate_tensors)
         if self.table is not None:
             site = KINDS[self.table]
             project_triton.launch(
@@ -195,36 +172,35 @@ def hook_residual(
     layer.register_forward_hook(_hook_residual(number, step, site))
 
 
-def hook_block(block: nn.Module, number: int, step: Step, table: int) -> None:
-    """Put projections behind the attention or the MLP block of a layer."""
-    site = LayerSite(step, number, table)
-    block.register_buffer("trimtab_site", register_site(site), persistent=False)
-    block.register_buffer("trimtab_slots", step.slots, persistent=False)
+def _register(module: nn.Module, site: LayerSite, step: Step) -> None:
+    """Give traced code of a module what it calls its site with."""
+    module.register_buffer("trimtab_site", register_site(site), persistent=False)
+    module.register_buffer("trimtab_slots", step.slots, persistent=False)
 
-    def edit(module: Any, args: Any, output: Any) -> None:
+
+def _hook_output(module: nn.Module, site: LayerSite, step: Step) -> None:
+    """Call a site with what a module returns, or with the first part of it."""
+    _register(module, site, step)
+
+    def visit(module: Any, args: Any, output: Any) -> None:
         x = output if isinstance(output, torch.Tensor) else output[0]
         if torch.compiler.is_compiling():
             stream_(x, None, module.trimtab_slots, module.trimtab_site)
         else:
             site.stream(x, None)
 
-    block.register_forward_hook(edit)
+    module.register_forward_hook(visit)
+
+
+def hook_block(block: nn.Module, number: int, step: Step, table: int) -> None:
+    """Put projections behind the attention or the MLP block of a layer."""
+    _hook_output(block, LayerSite(step, number, table), step)
 
 
 def hook_final_norm(norm: nn.Module, step: Step) -> None:
     """Let gates read the final norm's output."""
     site = LayerSite(step, step.tables.sizes.num_layers, None, gates=True)
-    norm.register_buffer("trimtab_site", register_site(site), persistent=False)
-    norm.register_buffer("trimtab_slots", step.slots, persistent=False)
-
-    def read(module: Any, args: Any, output: Any) -> None:
-        x = output if isinstance(output, torch.Tensor) else output[0]
-        if torch.compiler.is_compiling():
-            stream_(x, None, module.trimtab_slots, module.trimtab_site)
-        else:
-            site.stream(x, None)
-
-    norm.register_forward_hook(read)
+    _hook_output(norm, site, step)
 
 
 def hook_heads(attention: nn.Module, number: int, step: Step, num_heads: int) -> None:
@@ -234,8 +210,7 @@ def hook_heads(attention: nn.Module, number: int, step: Step, num_heads: int) ->
     hooks by.
     """
     site = LayerSite(step, number, HEADS, num_heads=num_heads)
-    attention.register_buffer("trimtab_site", register_site(site), persistent=False)
-    attention.register_buffer("trimtab_slots", step.slots, persistent=False)
+    _register(attention, site, step)
     forward: Callable[..., torch.Tensor] = attention.forward
 
     def scaled(*args: Any, **kwargs: Any) -> torch.Tensor:

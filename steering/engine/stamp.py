@@ -62,6 +62,13 @@ def read_stamp(extra_args: dict[str, Any] | None) -> Stamp | None:
     return Stamp(plan, float(strength) if rounded else 0.0, bool(phased))
 
 
+def stamped(request: Any) -> dict[str, Any]:
+    """What admission stamped on a request that is in the scheduler, unread; empty if nothing."""
+    params = request.sampling_params
+    entry = None if params is None else (params.extra_args or {}).get(KEY)
+    return entry if isinstance(entry, dict) else {}
+
+
 def to_float32(value: float) -> float:
     """``value`` as the nearest float32, infinite beyond its range."""
     with np.errstate(over="ignore"):

@@ -21,14 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from steering.engine.request_rows import THINK_END_CASES, Placement, RequestRows
+from steering.engine.request_rows import Placement, RequestRows
 from steering.engine.tables import IDENTITY, KINDS, MAX_GATES, SteeringTables
 from steering.engine.transfer import to_device
+from steering.ops.read_out import COMPUTED_BEFORE
+
+if TYPE_CHECKING:
+    from steering.ops.gate_triton import GateTensors
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -128,11 +133,37 @@ class Step:
         self.uniform: tuple[int, float] | None = None
         self.due: dict[int, list[Due]] = {}
         self.tracker: Tracker | None = None
-        self.again_below: torch.Tensor = torch.zeros(0)
-        self._think_ends = torch.zeros(64, dtype=torch.bool, device=device)
-        self._think_ends[list(THINK_END_CASES)] = True
         self._filled = 0
         self._decided = False
+
+    @cached_property
+    def gate_tensors(self) -> GateTensors:
+        """What the CUDA form of deciding gates reads and writes; their addresses never change."""
+        from steering.ops.gate_triton import GateTensors
+
+        tables, requests = self.tables, self.requests
+        return GateTensors(
+            weight=tables.gate_weight,
+            bias=tables.gate_bias,
+            bounds=tables.gate_bounds,
+            read_out=tables.gate_read_out,
+            gate_layer=tables.gate_layer,
+            gates=requests.gates,
+            latched=requests.latched,
+            is_open=requests.is_open,
+            decided_at=requests.decided_at,
+            score=requests.score,
+            first_open=requests.first_open,
+            opened=requests.opened,
+            case_slots=requests.case_slots,
+            rows=self.rows,
+            cases=self.cases,
+            positions=self.positions,
+            decides=self.decides,
+            masks=self.masks,
+            slots=self.slots,
+            layer_counts=self.gate_counts,
+        )
 
     def clear(self) -> None:
         """Make the next forward pass plain."""
@@ -171,13 +202,11 @@ class Step:
             slots = _simple_slots(placements, batch)
             self._send(self.slots, slots)
             self._count(slots, strengths)
-            for p, computed, scheduled in zip(
-                placements, batch.computed, batch.scheduled, strict=True
-            ):
-                if p is not None:
-                    p.computed = max(p.computed, int(computed + scheduled))
-            return
-        self._fill_general(placements, batch, strengths, tokens)
+        else:
+            self._fill_general(placements, batch, strengths, tokens)
+        for p, computed, scheduled in zip(placements, batch.computed, batch.scheduled, strict=True):
+            if p is not None:
+                p.computed = max(p.computed, int(computed + scheduled))
 
     def _fill_general(
         self,
@@ -214,9 +243,6 @@ class Step:
             self._decided = True
             again = np.array([0 if p is None else p.computed for p in placements], dtype=np.int32)
             self._expect(tokens, positions < np.repeat(again, batch.scheduled), gated)
-        for p, computed, scheduled in zip(placements, batch.computed, batch.scheduled, strict=True):
-            if p is not None:
-                p.computed = max(p.computed, int(computed + scheduled))
 
     # Phases.
 
@@ -295,9 +321,9 @@ class Step:
 
     def _expect(self, tokens: int, again: np.ndarray[Any, Any], gated: list[Placement]) -> None:
         """Make known at which layers gates are decided in this pass."""
-        # Bit 8: the token was computed before, so a gate per token does not count it twice.
         if again.any():
-            self.decides[:tokens] |= to_device(again.astype(np.int32) << 8, self.tables.device)
+            before = again.astype(np.int32) << COMPUTED_BEFORE
+            self.decides[:tokens] |= to_device(before, self.tables.device)
         if not self.on_host:
             counts = np.zeros(len(self.gate_counts), dtype=np.int32)
             counts[[gate.layer for p in gated for gate in p.resident.plan.gates]] = 1

@@ -24,9 +24,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from steering.engine.payload import READ_OUTS, PlanPayload, RowPayload
+from steering.engine.payload import GatePayload, PlanPayload, RowPayload
+from steering.engine.settings import DEFAULT_PROJECTIONS
 from steering.engine.transfer import to_device
 from steering.ops.project import SITES
+from steering.ops.read_out import READ_OUTS
 
 IDENTITY: Final = 0
 MAX_GATES: Final = 3
@@ -65,7 +67,7 @@ class Sizes:
     num_heads: int = 0
     head_offset: int = 0
     max_requests: int = 1024
-    projections: int = 4
+    projections: int = DEFAULT_PROJECTIONS
     sites: tuple[str, ...] = SITES
     dtype: torch.dtype = torch.float32
 
@@ -316,7 +318,7 @@ class SteeringTables:
             self.used[site][p.layer, slot] = end
             self.live[KINDS.index(site), p.layer, slot] = 1
 
-    def _write_gate(self, entry: int, gate: Any) -> None:
+    def _write_gate(self, entry: int, gate: GatePayload) -> None:
         self.gate_weight[entry] = to_device(gate.weight, self.device)
         self.gate_bias[entry] = gate.bias
         bounds = np.array([gate.low, gate.high], dtype=np.float32)

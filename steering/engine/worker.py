@@ -86,10 +86,8 @@ class SteeringWorker:
         self.hooked: dict[str, list[int]] = {"add": [n for n, _ in layers]}
         self.unavailable: dict[str, str] = {}
         wanted = set(settings.sites)
-        attentions = self._find("heads", wanted, layers, find_attention)
-        blocks = self._find("attention", wanted, layers, find_blocks) or self._find(
-            "mlp", wanted, layers, find_blocks
-        )
+        attentions = self._find(("heads",), wanted, layers, find_attention)
+        blocks = self._find(("attention", "mlp"), wanted, layers, find_blocks)
         norm = self._find_norm(model, every) if "gates" in wanted else None
         num_heads = max((heads for _, heads, _ in attentions.values()), default=0)
         self.tables = SteeringTables(
@@ -132,19 +130,18 @@ class SteeringWorker:
 
     def _find(
         self,
-        site: str,
+        sites: tuple[str, ...],
         wanted: set[str],
         layers: list[tuple[int, Any]],
         find: Callable[[Any, int], Any],
     ) -> dict[int, Any]:
-        """What a site needs of every layer; none at all where one layer does not have it."""
-        if site not in wanted:
+        """What sites need of every layer; none at all where one layer does not have it."""
+        if wanted.isdisjoint(sites):
             return {}
         try:
             return {n: find(layer, n) for n, layer in layers}
         except TrimtabError as error:
-            for missing in ("attention", "mlp") if find is find_blocks else (site,):
-                self.unavailable[missing] = str(error)
+            self.unavailable |= dict.fromkeys(sites, str(error))
             return {}
 
     def _find_norm(self, model: Any, layers: list[tuple[int, Any]]) -> Any:

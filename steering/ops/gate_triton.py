@@ -19,11 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
-from steering.ops.read_out import COSINE
+from steering.ops.read_out import COMPUTED_BEFORE, COSINE
 
 # A kernel sees globals only if they are marked as constants.
 _COSINE = tl.constexpr(COSINE)
-_COMPUTED_BEFORE = tl.constexpr(8)
+_COMPUTED_BEFORE = tl.constexpr(COMPUTED_BEFORE)
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class GateTensors:
         rows: ``[>= T] int32``: the request row of each token.
         cases: ``[>= T] int32``: its case.
         positions: ``[>= T] int32``: its position in the request.
-        decides: ``[>= T] int32``: bit ``g``: gate ``g`` is decided at the token; bit 8: the token was computed
-            before, so a gate per token does not count it.
+        decides: ``[>= T] int32``: bit ``g``: gate ``g`` is decided at the token; bit ``COMPUTED_BEFORE``: the
+            token was computed before, so a gate per token does not count it.
         masks: ``[>= T] int32``: bit ``g``: gate ``g`` is open for the token; written.
         slots: ``[>= T] int32``: the token's slot; written.
         layer_counts: ``[>= layer + 1] int32``: 0 for layers at which nothing is decided in this step.

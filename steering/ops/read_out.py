@@ -11,8 +11,15 @@ from typing import Final
 
 import torch
 
-AFFINE: Final = 0
-COSINE: Final = 1
+READ_OUTS: Final = ("affine", "cosine")
+"""The names of the kinds, in the order of their numbers."""
+
+AFFINE: Final = READ_OUTS.index("affine")
+COSINE: Final = READ_OUTS.index("cosine")
+
+COMPUTED_BEFORE: Final = 8
+"""The bit, beside those of the gates that are decided at a token, that says that the token was computed
+before: a gate per token does not count it twice."""
 
 
 def read_out(

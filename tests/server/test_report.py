@@ -9,7 +9,8 @@ import pytest
 
 from server.report import steering_object
 from server.response import EventStream, decorate_json
-from steering.engine.exchange import Acknowledgement, Exchange, GateReport
+from steering.engine.exchange import Acknowledgement, Exchange
+from steering.engine.gate_report import GateReport
 from steering.plan import Plan, PlanGate, Row, Term
 
 LATER = GateReport("harm", fired=False)

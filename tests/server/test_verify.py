@@ -34,6 +34,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture
+def lasting_log() -> None:
+    """vLLM logs to the stream that it finds when it is first imported: not to a command's, which closes."""
+    import vllm.logger  # noqa: F401
+
+
 def test_the_bound_is_a_ten_thousandth_of_a_nat_or_twice_a_larger_floor() -> None:
     assert bound_of(0.0) == bound_of(1e-4) == 1e-4
     assert bound_of(1.5e-4) == 3e-4
@@ -79,6 +85,7 @@ def test_what_is_wrong_with_the_arguments_is_bad_input(tmp_path: Path, home: Pat
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("lasting_log")
 def test_every_edit_at_every_site_passes_on_the_tiny_model(tiny_checkpoint: Path) -> None:
     code, document = report(tiny_checkpoint)
     rows = document["rows"]
@@ -102,6 +109,7 @@ def test_every_edit_at_every_site_passes_on_the_tiny_model(tiny_checkpoint: Path
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("lasting_log")
 def test_an_edit_that_is_a_hundredth_too_strong_fails_where_it_acts(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +137,7 @@ def test_an_edit_that_is_a_hundredth_too_strong_fails_where_it_acts(
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("lasting_log")
 def test_a_policy_of_the_users_needs_its_sites(
     tiny_checkpoint: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,11 +94,7 @@ class Served:
 def serve(architecture: Architecture, folder: Path) -> Served:
     """Make a checkpoint in an empty folder and start an engine on it."""
     path = architecture.build(folder / "checkpoint")
-    # The faster ways in which Transformers computes attention leave out soft caps and sinks.
-    world = build_world(path, folder / "store", ("t", "e"), attn_implementation="eager")
-    for module in world.model.modules():
-        # vLLM's Transformers backend puts its compilation into the class that the reference shares.
-        module.do_not_compile = True
+    world = build_world(path, folder / "store", ("t", "e"))
     standard_policies(world)
     every_kind(world)
     with expert_capable_engine(path, **architecture.options) as llm:

@@ -76,7 +76,7 @@ def main(model: str, mode: str, store: str) -> None:
             requests += [Request(prompt, name, max_tokens=16) for name in world.policies]
             requests += [Request(prompt, "one", 0.0, max_tokens=16)]
             # The floor is the largest difference that is seen among plain requests.
-            requests[1:1] = [Request(prompt + prompt[:n], max_tokens=16) for n in (3, 9, 20, 30)]
+            requests[1:1] = [Request(prompt + prompt[:n], max_tokens=16) for n in range(1, 25)]
         answers = run(llm, world, requests)
         config = llm.llm_engine.vllm_config
         print(

@@ -18,14 +18,12 @@ from steering.engine.parity import (
     answers_of,
     engine,
     exchange_for,
-    gate_faults,
     judge,
     load_world,
     run,
     sampling,
 )
 from steering.engine.random_artefacts import put_random_artefacts
-from steering.reference import Steered
 
 __all__ = [
     "TOLERANCE",
@@ -37,7 +35,6 @@ __all__ = [
     "assert_parity",
     "build_world",
     "compare",
-    "compare_gates",
     "engine",
     "every_kind",
     "exchange_for",
@@ -266,11 +263,6 @@ def compare(world: World, answers: Sequence[Answer]) -> Parity:
                 effect = min(effect, found.effect)
         by_case[case] = max(by_case.get(case, 0.0), found.difference)
     return Parity(floor, worst, effect, by_case)
-
-
-def compare_gates(answer: Answer, reference: Steered) -> None:
-    """The engine's word on each gate is the reference's."""
-    assert not gate_faults(answer, reference)
 
 
 def assert_parity(world: World, answers: Sequence[Answer], label: str) -> Parity:

@@ -46,8 +46,9 @@ def parallel_policies(world: World) -> None:
 
 
 def batch(world: World, policies: tuple[str | None, ...] = POLICIES) -> list[Request]:
-    """Every policy with every prompt; the plain requests several times, since they are the floor."""
+    """Every policy with every prompt, and about as many plain requests, since they are the floor."""
     prompts = [tuple(world.prompt(question)) for question in _QUESTIONS]
     prompts.append(prompts[0][::-1])
     requests = [Request(p, name, max_tokens=32) for name in policies for p in prompts]
-    return [*requests, *(Request(p * 2, max_tokens=32) for p in prompts)]
+    plain = [p * 2 for p in prompts] + [p[n:] for p in prompts for n in range(2, 16, 2)]
+    return [*requests, *(Request(p, max_tokens=32) for p in plain)]

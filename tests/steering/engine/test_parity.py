@@ -19,14 +19,15 @@ QUESTIONS = (
 
 
 def mixed_batch(world):
-    """Plain, steered and differently steered requests, every scope and strength, one with n=4."""
+    """Plain, steered and differently steered requests, every scope and strength, some with several answers."""
     prompts = [tuple(world.prompt(q)) for q in QUESTIONS]
-    requests = [Request(p) for p in prompts]
+    # As many plain tokens as steered ones: the floor is the largest difference among them.
+    requests = [Request(p) for p in prompts] + [Request(p, n=16) for p in prompts]
     for n, policy in enumerate(world.policies):
         requests += [Request(prompts[n % 3], policy), Request(prompts[(n + 1) % 3], policy)]
     requests += [Request(prompts[0], "one", s) for s in (-1.0, 0.0, 0.5, 2.0)]
     requests += [Request(prompts[1], "split", s) for s in (-1.0, 0.5, 2.0)]
-    requests += [Request(prompts[2], "several", n=4), Request(prompts[2], n=4)]
+    requests += [Request(prompts[2], "several", n=4)]
     return requests
 
 

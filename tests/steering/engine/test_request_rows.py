@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from steering.engine.gate_report import GateReport
 from steering.engine.request_rows import (
     PROMPT_END_CASE,
     THINK_END_CASES,
-    Decision,
     NoFreeRowError,
     RequestRows,
 )
@@ -111,7 +111,7 @@ def test_there_are_as_many_rows_as_were_asked_for_and_the_first_is_nobody_s() ->
 # -- what is told ----------------------------------------------------------------------------------
 
 
-def told(rows: RequestRows, *placements) -> dict[str, list[Decision]]:
+def told(rows: RequestRows, *placements) -> dict[str, list[GateReport]]:
     named = [(f"request {n}", placement) for n, placement in enumerate(placements)]
     snapshot = rows.snapshot(named)
     return {} if snapshot is None else snapshot.decisions()
@@ -121,21 +121,21 @@ def test_a_decision_is_told_once_and_again_when_it_is_another() -> None:
     rows = RequestRows(3, CPU)
     a, b = take(rows), take(rows)
     nothing = [
-        Decision("g0", False, None, None, None),
-        Decision("g1", False, None, None, None),
-        Decision("g2", False, None, None, 0),
+        GateReport("g0", False, None, None, None),
+        GateReport("g1", False, None, None, None),
+        GateReport("g2", False, None, None, 0),
     ]
     assert told(rows, a, b) == {"request 0": nothing, "request 1": nothing}
     assert told(rows, a, b) == {}
 
     rows.decided_at[a.row, 0], rows.score[a.row, 0] = 4, 0.25
-    decided = Decision("g0", False, 4, 0.25, None)
+    decided = GateReport("g0", False, 4, 0.25, None)
     assert told(rows, a, b) == {"request 0": [decided, *nothing[1:]]}
     rows.is_open[a.row, 0] = True
     rows.opened[a.row, 2] = 2
     score = int(np.float32(0.75).view(np.int32))
     rows.first_open[a.row, 2] = 6 << 32 | score
-    news = [Decision("g0", True, 4, 0.25, None), nothing[1], Decision("g2", True, 6, 0.75, 2)]
+    news = [GateReport("g0", True, 4, 0.25, None), nothing[1], GateReport("g2", True, 6, 0.75, 2)]
     assert told(rows, a, b) == {"request 0": news}
     assert told(rows, a, b) == {}
 
@@ -159,7 +159,7 @@ def test_a_score_below_0_is_told_as_it_is_and_the_first_opening_is_the_least() -
     ]
     rows.first_open[placement.row, 2] = min(packed)
     rows.opened[placement.row, 2] = 3
-    assert told(rows, placement)["request 0"][2] == Decision("g2", True, 2, -0.5, 3)
+    assert told(rows, placement)["request 0"][2] == GateReport("g2", True, 2, -0.5, 3)
 
 
 def test_requests_without_gates_are_not_asked_after() -> None:
@@ -184,5 +184,5 @@ def test_a_report_that_arrives_late_takes_nothing_from_the_request_that_has_the_
 
 
 def test_a_decision_travels_as_it_is() -> None:
-    for decision in (Decision("g", True, 4, 0.5, None), Decision("h", False, None, None, 0)):
-        assert Decision.from_wire(decision.to_wire()) == decision
+    for decision in (GateReport("g", True, 4, 0.5, None), GateReport("h", False, None, None, 0)):
+        assert GateReport.from_wire(decision.to_wire()) == decision

@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steering.engine.gate_report import GateReport
 from steering.engine.gates import decide_on_host
-from steering.engine.request_rows import Decision
 from steering.engine.runner import WorkerRequests
 from steering.engine.tables import IDENTITY, KINDS
 from steering.reference import text_phases
@@ -65,7 +65,7 @@ class Life(Sequence):
         self.latest: list[tuple[int, bool, float] | None] = [None for _ in self.rules]
         self.opened: list[dict[int, float]] = [{} for _ in self.rules]
         self.furthest = 0
-        self.told: list[Decision] | None = None
+        self.told: list[GateReport] | None = None
         return self
 
     def ends_thinking(self, position: int) -> bool:
@@ -131,16 +131,16 @@ class Life(Sequence):
         self.furthest = max(self.furthest, self.computed + count)
         self.advance(count)
 
-    def decisions(self) -> list[Decision]:
+    def decisions(self) -> list[GateReport]:
         found = []
         for g, rule in enumerate(self.rules):
             if rule.at == "token":
                 at = min(self.opened[g], default=None)
                 score = None if at is None else self.opened[g][at]
-                found.append(Decision(f"g{g}", at is not None, at, score, len(self.opened[g])))
+                found.append(GateReport(f"g{g}", at is not None, at, score, len(self.opened[g])))
             else:
                 at, is_open, score = self.latest[g] or (None, False, None)
-                found.append(Decision(f"g{g}", is_open, at, score, None))
+                found.append(GateReport(f"g{g}", is_open, at, score, None))
         return found
 
 
