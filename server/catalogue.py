@@ -14,6 +14,7 @@ from typing import Any
 from directions.errors import TrimtabError
 from steering.plan import Plan
 from steering.policy import Policy, parse_policy
+from steering.readings import Reading
 
 OFF = "off"
 """The reserved policy name that means: no steering."""
@@ -26,10 +27,12 @@ class Entry:
     Attributes:
         policy: the policy.
         plan: what its edits do to the served model, whatever its mode.
+        probes: what the probes that it names read of the served model.
     """
 
     policy: Policy
     plan: Plan
+    probes: tuple[Reading, ...] = ()
 
     @property
     def effective_plan(self) -> Plan | None:
@@ -44,10 +47,12 @@ class Catalogue:
     Attributes:
         entries: by policy name; in this version a name has one version.
         default: the policy of a request that selects none; ``off`` where the server has none.
+        probes: what is read of all traffic, steered or not.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
     default: str = OFF
+    probes: tuple[Reading, ...] = ()
 
     def __post_init__(self) -> None:
         if self.default != OFF and self.default not in self.entries:
@@ -63,6 +68,19 @@ class Catalogue:
         """The distinct plans that requests can ask for."""
         plans = {e.plan.id: e.plan for e in self.entries.values() if e.effective_plan is not None}
         return list(plans.values())
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """Everything that may be read, each once."""
+        named = [reading for entry in self.entries.values() for reading in self.readings_of(entry)]
+        return _distinct([*self.probes, *named])
+
+    def readings_of(self, entry: Entry | None) -> tuple[Reading, ...]:
+        """What is read of a request under an entry; ``None`` is ``off``."""
+        # A policy of mode off neither applies nor reports anything of its own.
+        if entry is None or entry.policy.mode == "off":
+            return self.probes
+        return _distinct([*self.probes, *entry.probes])
 
     def find(self, name: str, version: int | None) -> Entry | None:
         """The entry of a name, at a version if one is given; None for ``off``.
@@ -97,9 +115,11 @@ class Catalogue:
                     "policy": json.loads(e.policy.canonical),
                     "description": e.policy.description,
                     "plan": e.plan.to_json(),
+                    "probes": [reading.to_json() for reading in e.probes],
                 }
                 for e in self.entries.values()
             ],
+            "probes": [reading.to_json() for reading in self.probes],
         }
 
     @classmethod
@@ -109,15 +129,23 @@ class Catalogue:
             Entry(
                 parse_policy({**e["policy"], "description": e["description"]}),
                 Plan.from_json(e["plan"]),
+                tuple(map(Reading.from_json, e["probes"])),
             )
             for e in data["entries"]
         ]
-        return cls.of(entries, default=data["default"])
+        probes = tuple(map(Reading.from_json, data["probes"]))
+        return cls.of(entries, default=data["default"], probes=probes)
 
     @classmethod
-    def of(cls, entries: Iterable[Entry], *, default: str = OFF) -> Catalogue:
+    def of(
+        cls, entries: Iterable[Entry], *, default: str = OFF, probes: tuple[Reading, ...] = ()
+    ) -> Catalogue:
         """A catalogue of entries whose names are distinct."""
-        return cls({e.policy.name: e for e in entries}, default)
+        return cls({e.policy.name: e for e in entries}, default, probes)
+
+
+def _distinct(readings: Iterable[Reading]) -> tuple[Reading, ...]:
+    return tuple({reading.id: reading for reading in readings}.values())
 
 
 def _shown(name: str) -> str:

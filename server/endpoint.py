@@ -46,9 +46,11 @@ class TrimtabEndpoint:
         if self._settings is None:
             logger.warning("not started by 'trimtab serve': nothing is steered")
             return
-        from server.status import router
+        from server.live import router as live
+        from server.status import router as status
 
-        app.include_router(router)
+        app.include_router(status)
+        app.include_router(live)
         app.add_middleware(TrimtabMiddleware)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
@@ -70,11 +72,13 @@ class TrimtabEndpoint:
     async def _start(
         self, settings: Settings, engine_client: Any, state: State, args: Namespace
     ) -> None:
-        from server.metrics import request_metrics, several_processes
+        from server.live import LiveView
+        from server.metrics import engine_metrics, request_metrics, several_processes
         from server.status import site_status
         from server.versions import installed_versions
-        from steering.engine.control import activate, rank_status
+        from steering.engine.control import activate, activate_readings, rank_status
         from steering.engine.proof import prove
+        from steering.engine.proof_of_readings import prove_readings
 
         if engine_client is None:
             raise TrimtabError(
@@ -90,9 +94,16 @@ class TrimtabEndpoint:
             proof.floor,
             proof.least_effect,
         )
+        if catalogue.readings:
+            await activate_readings(engine_client, catalogue.readings, thinking=settings.thinking)
+            await prove_readings(engine_client, catalogue.readings)
         state.trimtab_sites = site_status(await rank_status(engine_client), settings.thinking)
         models = state.openai_serving_models
-        metrics = request_metrics()
+        metrics, observed = request_metrics(), engine_metrics()
+        observed.model_name = models.base_model_paths[0].name
+        policies = [entry.policy for entry in catalogue.entries.values()]
+        observed.observe_policies(policies, generation=1)
+        frontend.observer = state.trimtab_live = LiveView(frontend, observed)
         service = Service(
             catalogue=catalogue,
             ledger=frontend.ledger,
@@ -102,6 +113,7 @@ class TrimtabEndpoint:
                 {path.name for path in models.base_model_paths} | set(models.lora_requests)
             ),
             max_body_bytes=settings.max_body_bytes,
+            policy_label=observed.policy_label,
         )
         versions = installed_versions()
         metrics.observe_build(versions["trimtab"] or "", versions["vllm"] or "")

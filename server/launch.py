@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import traceback
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -30,11 +30,12 @@ from directions.progress import Progress, silent
 from server import plugin_list, vllm_command
 from server.catalogue import OFF, Catalogue, Entry
 from server.settings import Settings
-from steering.engine.settings import SITE_NAMES, EngineSettings
+from steering.engine.settings import MAX_READINGS, SITE_NAMES, EngineSettings
 from steering.engine.touchpoints import ALLOW_UNCHECKED, check_version
 
 if TYPE_CHECKING:
     from steering.plan import Plan
+    from steering.readings import Reading
 
 LOCAL: Final = "127.0.0.1"
 
@@ -60,6 +61,7 @@ class Options:
     Attributes:
         policies: folder of policies; None serves none.
         default_policy: policy of requests that select none; None or ``off`` steers none of them.
+        probes: probes that read all traffic, whatever its policy.
         engine: sizes and sites of the engine's side.
         relative_ceiling: largest strength in units of a layer's mean activation norm.
         max_body_bytes: longest request body that is read.
@@ -74,6 +76,7 @@ class Options:
     max_body_bytes: int
     auto_sites: bool = True
     thinking: tuple[str, str] | None = None
+    probes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,11 @@ def prepare(
     Raises:
         TrimtabError: ``E_OPTION``, ``E_SERVE_UNSUPPORTED``, ``E_MODEL_…``, ``E_POLICY_UNKNOWN`` for a
             default policy that is not served, ``E_VLLM_VERSION``, ``E_SITES`` for a policy that acts
-            on a site that is left out; PolicyErrors with every fault of the policies.
+            on a site that is left out, ``E_ARTEFACT_…``, ``E_PROBE_MODEL`` or ``E_PROBES`` for the
+            probes; PolicyErrors with every fault of the policies.
     """
     from steering.policy_files import load_policies
+    from steering.readings import compile_readings
 
     # Quick, and most often what is wrong; importing vLLM takes seconds.
     policies = load_policies(options.policies) if options.policies is not None else {}
@@ -175,31 +180,46 @@ def prepare(
     entries = []
     plans: dict[str, Plan] = {}
     thinking = options.thinking
-    if policies:
+    probes: tuple[Reading, ...] = ()
+    if policies or options.probes:
         from directions.store import Store
         from steering.policy_files import compile_policies
 
+        store = Store()
         template = _given_template(args)
         model = _fingerprint(args, template, progress)
         thinking = thinking or _markers(args, template)
         plans = compile_policies(
             policies,
-            Store(),
+            store,
             model,
             relative_ceiling=options.relative_ceiling,
             thinking=thinking,
         )
-        entries = [Entry(policy, plans[name]) for name, policy in policies.items()]
-    engine = options.engine
+        probes = compile_readings(options.probes, store, model)
+        entries = [
+            Entry(policy, plans[name], compile_readings(policy.probes, store, model, field=name))
+            for name, policy in policies.items()
+        ]
+    catalogue = Catalogue.of(entries, default=default, probes=probes)
+    readings = catalogue.readings
+    if len(readings) > MAX_READINGS:
+        raise TrimtabError(
+            "E_PROBES",
+            f"{len(readings)} outputs of probes are to be read",
+            field="--probe",
+            expected=f"at most {MAX_READINGS}, those that policies name included",
+        )
+    layers = tuple(sorted({reading.layer for reading in readings}))
+    engine = replace(options.engine, probe_layers=layers)
     if options.auto_sites:
-        engine = replace(engine, sites=needed_sites(plans.values()))
-    _refuse_left_out(plans, engine)
-    catalogue = Catalogue.of(entries, default=default)
+        engine = replace(engine, sites=needed_sites(plans.values(), readings))
+    _refuse_left_out(plans, readings, engine)
     return Prepared(args, catalogue, _url(args), engine, thinking, unchecked)
 
 
-def needed_sites(plans: Iterable[Plan]) -> tuple[str, ...]:
-    """The sites that plans act on or read, of :data:`steering.engine.settings.SITE_NAMES`.
+def needed_sites(plans: Iterable[Plan], readings: Collection[Reading] = ()) -> tuple[str, ...]:
+    """The sites that plans and probes act on or read, of :data:`steering.engine.settings.SITE_NAMES`.
 
     Additions to the stream are always among them: the start-up proof is made of those.
     """
@@ -208,10 +228,14 @@ def needed_sites(plans: Iterable[Plan]) -> tuple[str, ...]:
         found |= {"heads"} & plan.kinds | {p.site for row in plan.rows for p in row.projections}
         if plan.gates:
             found.add("gates")
+    if readings:
+        found.add("probes")
     return tuple(site for site in SITE_NAMES if site in found)
 
 
-def _refuse_left_out(plans: Mapping[str, Plan], engine: EngineSettings) -> None:
+def _refuse_left_out(
+    plans: Mapping[str, Plan], readings: Collection[Reading], engine: EngineSettings
+) -> None:
     for name, plan in plans.items():
         missing = [site for site in needed_sites([plan]) if site not in engine.sites]
         if missing:
@@ -219,8 +243,15 @@ def _refuse_left_out(plans: Mapping[str, Plan], engine: EngineSettings) -> None:
                 "E_SITES",
                 f"policy {name} needs {' and '.join(missing)}, which --steering-sites leaves out",
                 field="--steering-sites",
-                expected=", ".join(needed_sites(plans.values())),
+                expected=", ".join(needed_sites(plans.values(), readings)),
             )
+    if readings and "probes" not in engine.sites:
+        raise TrimtabError(
+            "E_SITES",
+            "there are probes to read, and --steering-sites leaves out probes",
+            field="--steering-sites",
+            expected=", ".join(needed_sites(plans.values(), readings)),
+        )
 
 
 def serve(prepared: Prepared, max_body_bytes: int) -> None:

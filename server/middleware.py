@@ -40,6 +40,7 @@ from server.body import (
 )
 from server.catalogue import Catalogue
 from server.errors import error_body, error_headers, in_flight_error, status_of
+from server.exposition import send_openmetrics, wants_openmetrics
 from server.form import form_model, is_form
 from server.metrics import UNRESOLVED, Outcome, RequestMetrics
 from server.models_list import MODELS_PATH, ListedModels
@@ -94,6 +95,10 @@ class Ledger(Protocol):
         ...
 
 
+def _name_alone(reference: str) -> str:
+    return reference.partition("@")[0]
+
+
 @dataclass(frozen=True)
 class Service:
     """What the layer works with; made when the engine has started.
@@ -105,6 +110,7 @@ class Service:
         model_name: the served model's first name, the label of all metrics.
         served_names: every name that vLLM answers to at the moment, adapters included.
         max_body_bytes: the longest body that is read.
+        policy_label: the metrics' label of a policy.
     """
 
     catalogue: Catalogue
@@ -113,6 +119,7 @@ class Service:
     model_name: str
     served_names: Callable[[], Collection[str]]
     max_body_bytes: int
+    policy_label: Callable[[str], str] = _name_alone
 
 
 class TrimtabMiddleware:
@@ -131,6 +138,8 @@ class TrimtabMiddleware:
             await self._websocket(service, scope, receive, send)
         elif scope["method"] == "POST":
             await _Request(self.app, service, path, scope, receive, send).run()
+        elif scope["method"] == "GET" and wants_openmetrics(scope, path):
+            await send_openmetrics(send)
         elif scope["method"] == "GET" and path == MODELS_PATH:
             await self.app(scope, receive, ListedModels(service.catalogue, send).send)
         else:
@@ -239,6 +248,7 @@ class _Request:
             service.catalogue,
             [alias.choice if alias else None, choice, steering.choice if steering else None],
             steering.strength if steering else None,
+            steering.trace if steering else False,
         )
         exchange = self.exchange = selection.exchange()
         _check_reserved(document)
@@ -340,7 +350,7 @@ class _Request:
         exchange = self.exchange
         self.service.metrics.count_request(
             model_name=self.service.model_name,
-            policy=exchange.policy.partition("@")[0] if exchange else UNRESOLVED,
+            policy=self.service.policy_label(exchange.policy) if exchange else UNRESOLVED,
             mode=exchange.mode if exchange else "",
             outcome=outcome,
             reason=reason,

@@ -11,19 +11,24 @@ from typing import Any, Literal
 
 from steering.engine.exchange import Exchange
 from steering.engine.gate_report import GateReport
+from steering.engine.score_log import Summary
 
 Applied = Literal["enforce", "shadow", "off"]
 
 
-def steering_object(exchange: Exchange, choice: int | None = None) -> dict[str, Any]:
+def steering_object(
+    exchange: Exchange, choice: int | None = None, *, untold: bool = False
+) -> dict[str, Any]:
     """The object that every choice of an answer carries.
 
     ``strength`` is there when a policy was chosen, ``reason`` when an ``enforce`` policy was not
-    applied, ``gates`` when the policy has gates and was applied.
+    applied, ``gates`` when the policy has gates and was applied, ``probes`` when something was read,
+    with every token's score and the phases of what was read where they were asked for.
 
     Args:
         exchange: the HTTP request's.
         choice: the index of the choice; ``None`` for an answer without choices.
+        untold: of the tokens' scores, only those that :func:`steering_of_tokens` has not given.
     """
     applied, reason = exchange.applied()
     report: dict[str, Any] = {
@@ -38,6 +43,60 @@ def steering_object(exchange: Exchange, choice: int | None = None) -> dict[str, 
     gates = exchange.gates_of_choice(choice)
     if applied and gates:
         report["gates"] = {gate.name: _gate(gate) for gate in gates}
+    log = exchange.scores_of_choice(choice)
+    if log is not None:
+        report["probes"] = {
+            reading.key: {
+                **_summary(log.summary(n)),
+                **({"trace": _pairs(log.trace(n, untold=untold))} if exchange.trace else {}),
+            }
+            for n, reading in enumerate(log.readings)
+        }
+        if exchange.trace:
+            report["phases"] = log.runs()
+    return report
+
+
+def steering_of_tokens(exchange: Exchange, choice: int | None = None) -> dict[str, Any] | None:
+    """The object that a piece of a stream carries: the scores that led to its tokens, each given once.
+
+    Args:
+        exchange: the HTTP request's.
+        choice: as for :func:`steering_object`.
+
+    Returns:
+        ``None`` where there is none to give.
+    """
+    log = exchange.scores_of_choice(choice) if exchange.trace else None
+    if log is None:
+        return None
+    traces = {
+        reading.key: _pairs(log.trace(n, delivered=True, untold=True))
+        for n, reading in enumerate(log.readings)
+    }
+    log.tell()
+    if not any(traces.values()):
+        return None
+    return {"probes": {key: {"trace": trace} for key, trace in traces.items()}}
+
+
+def _pairs(trace: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    # What is beyond the seventh place says nothing in float32, and is most of the bytes.
+    return [(position, round(score, 7)) for position, score in trace]
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    report = {
+        "prompt_end": summary.prompt_end,
+        "plateau": summary.plateau,
+        "final": summary.final,
+        "cliff": summary.cliff,
+        "answer_start": summary.answer_start,
+        "answer_mean": summary.answer_mean,
+        "tokens": summary.tokens,
+    }
+    if summary.missing:
+        report["missing"] = summary.missing
     return report
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from directions.errors import TrimtabError
 from server.errors import error_object, in_flight_error
-from server.report import steering_object
+from server.report import steering_object, steering_of_tokens
 from steering.engine.exchange import Exchange
 
 _JSON_SHAPES: Final = (b'"choices"', b'"response"', b'"message"')
@@ -28,6 +28,20 @@ _MAY_CHANGE: Final = re.compile(
     rb'|"error":\s*[{"]'
 )
 _LAST_EVENTS: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
+_DELTAS: Final = frozenset(
+    {
+        "content_block_delta",
+        "response.output_text.delta",
+        "response.reasoning_text.delta",
+        "response.reasoning_part.added",
+        "response.function_call_arguments.delta",
+    }
+)
+_HAS_TOKENS: Final = re.compile(
+    rb'"choices"|"type":\s*"(?:'
+    + b"|".join(re.escape(kind.encode()) for kind in sorted(_DELTAS))
+    + rb')"'
+)
 _NAMES_THE_MODEL: Final = re.compile(
     rb'"type":\s*"(?:response\.(?:created|queued|in_progress)|message_start)"'
 )
@@ -89,6 +103,7 @@ class EventStream:
         self._exchange = exchange
         self._model = model
         self._model_member = None if model is None else b'"model":' + _dump(model)
+        self._traced = bool(exchange.trace)
         self._pending = b""
         self.refusal: TrimtabError | None = None
         self.failed = False
@@ -117,7 +132,11 @@ class EventStream:
             return event
         if not _PREAMBLE.search(event):
             self.speaking = True
-        if _MAY_CHANGE.search(event) or (self._model and _NAMES_THE_MODEL.search(event)):
+        if (
+            _MAY_CHANGE.search(event)
+            or (self._model and _NAMES_THE_MODEL.search(event))
+            or (self._traced and _HAS_TOKENS.search(event))
+        ):
             return _edit_data(event, self._edit)
         if self._model_member is not None and b'"choices"' in event:
             # Every chunk of the completion APIs names the model, before anything nested does.
@@ -132,12 +151,11 @@ class EventStream:
             return self._edit_error(document) or renamed
         kind = document.get("type")
         ended: list[dict[str, Any]] = []
+        carrying: list[dict[str, Any]] = []
         if isinstance(choices := document.get("choices"), list):
-            ended = [
-                choice
-                for choice in choices
-                if isinstance(choice, dict) and choice.get("finish_reason") is not None
-            ]
+            parts = [choice for choice in choices if isinstance(choice, dict)]
+            ended = [choice for choice in parts if choice.get("finish_reason") is not None]
+            carrying = [choice for choice in parts if choice not in ended and _has_tokens(choice)]
         elif kind == "message_delta":
             delta = document.get("delta")
             if isinstance(delta, dict) and delta.get("stop_reason") is not None:
@@ -145,9 +163,20 @@ class EventStream:
         elif kind in _LAST_EVENTS and isinstance(response := document.get("response"), dict):
             ended = [response]
             self.failed |= kind == "response.failed"
+        elif kind in _DELTAS:
+            carrying = [document]
         for part in ended:
-            part["steering"] = steering_object(self._exchange, _index(part))
-        return renamed or bool(ended)
+            # What the parts of a stream have told is not told again; a whole response is told whole.
+            untold = kind not in _LAST_EVENTS
+            part["steering"] = steering_object(self._exchange, _choice(part, kind), untold=untold)
+        told = False
+        if self._traced:
+            for part in carrying:
+                steering = steering_of_tokens(self._exchange, _choice(part, kind))
+                if steering is not None:
+                    part["steering"] = steering
+                    told = True
+        return renamed or bool(ended) or told
 
     def _rename(self, document: dict[str, Any]) -> bool:
         if self._model is None:
@@ -167,6 +196,17 @@ class EventStream:
         self.refusal = refusal
         document["error"] = error_object(refusal)
         return True
+
+
+def _has_tokens(choice: dict[str, Any]) -> bool:
+    # A chat begins with a chunk that names the role alone, made of the first token's output too.
+    delta = choice.get("delta")
+    return not (isinstance(delta, dict) and delta.get("role") and not delta.get("content"))
+
+
+def _choice(part: dict[str, Any], kind: object) -> int | None:
+    # An index in an event that has a type counts something else, such as blocks of content.
+    return _index(part) if kind is None else None
 
 
 def _index(part: dict[str, Any]) -> int | None:

@@ -22,8 +22,9 @@ from typing import Any, Final
 from directions.errors import TrimtabError
 from server.body import JsonObject
 from server.catalogue import OFF, Catalogue, Entry
-from steering.engine.exchange import Exchange
+from steering.engine.exchange import Exchange, Trace
 from steering.engine.stamp import to_float32
+from steering.readings import Reading
 
 HEADER: Final = b"x-trimtab-policy"
 _HEADER_PREFIX: Final = b"x-trimtab-"
@@ -70,6 +71,7 @@ class SteeringField:
 
     choice: Choice | None = None
     strength: float | None = None
+    trace: Trace = False
 
 
 @dataclass(frozen=True)
@@ -79,23 +81,31 @@ class Selection:
     Attributes:
         entry: the policy; None for ``off``.
         strength: the effective strength; 1.0 for ``off``, where it means nothing.
+        readings: what probes read of the request.
+        trace: which tokens' scores the answer reports.
     """
 
     entry: Entry | None
     strength: float
+    readings: tuple[Reading, ...] = ()
+    trace: Trace = False
 
     def exchange(self) -> Exchange:
         """A new exchange for one request under this selection."""
         if self.entry is None:
-            return Exchange(OFF, "off", "closed", self.strength, None)
-        policy = self.entry.policy
-        return Exchange(
-            policy=policy.reference,
-            mode=policy.mode,
-            on_failure=policy.on_failure,
-            strength=self.strength,
-            plan=self.entry.effective_plan if to_float32(self.strength) else None,
-        )
+            exchange = Exchange(OFF, "off", "closed", self.strength, None)
+        else:
+            policy = self.entry.policy
+            exchange = Exchange(
+                policy=policy.reference,
+                mode=policy.mode,
+                on_failure=policy.on_failure,
+                strength=self.strength,
+                plan=self.entry.effective_plan if to_float32(self.strength) else None,
+            )
+        exchange.readings = self.readings
+        exchange.trace = self.trace
+        return exchange
 
 
 def header_choice(headers: Iterable[tuple[bytes, bytes]]) -> Choice | None:
@@ -169,8 +179,8 @@ def steering_field(value: object) -> SteeringField:
 
     Raises:
         TrimtabError: ``E_STEERING_FIELD`` for an unknown key or a wrong type, ``E_BODY_JSON`` for a
-            repeated key, ``E_STRENGTH_FINITE``, ``E_TRACE_UNSUPPORTED``, or ``E_POLICY_UNKNOWN``
-            for a string that is no policy's name.
+            repeated key, ``E_STRENGTH_FINITE``, or ``E_POLICY_UNKNOWN`` for a string that is no
+            policy's name.
     """
     if not isinstance(value, dict):
         raise _wrong_type("$.steering", value, "an object")
@@ -201,21 +211,17 @@ def steering_field(value: object) -> SteeringField:
     strength = None
     if "strength" in value:
         strength = _strength(value["strength"])
-    if "trace" in value:
-        if not isinstance(value["trace"], bool):
-            raise _wrong_type("$.steering.trace", value["trace"], "true or false")
-        if value["trace"]:
-            raise TrimtabError(
-                "E_TRACE_UNSUPPORTED",
-                "this server has no probes to trace",
-                field="$.steering.trace",
-                expected="false",
-            )
-    return SteeringField(choice, strength)
+    trace = value.get("trace", False)
+    if not isinstance(trace, bool) and trace != "all":
+        raise _wrong_type("$.steering.trace", trace, 'true, false or "all"')
+    return SteeringField(choice, strength, trace)
 
 
 def select(
-    catalogue: Catalogue, choices: Iterable[Choice | None], strength: float | None = None
+    catalogue: Catalogue,
+    choices: Iterable[Choice | None],
+    strength: float | None = None,
+    trace: Trace = False,
 ) -> Selection:
     """Resolve what a request names against what is served.
 
@@ -223,11 +229,13 @@ def select(
         catalogue: the policies served.
         choices: what the places name, in order of precedence; None where one is silent.
         strength: the strength that the body asks for.
+        trace: the per-token scores that the body asks for.
 
     Raises:
         TrimtabError: ``E_POLICY_UNKNOWN``, ``E_POLICY_VERSION``, ``E_SELECTION_CONFLICT`` when two
-            places name different policies, ``E_STRENGTH_RANGE``, or ``E_STEERING_FIELD`` for a
-            strength with nothing to apply it to.
+            places name different policies, ``E_STRENGTH_RANGE``, ``E_STEERING_FIELD`` for a
+            strength with nothing to apply it to, or ``E_TRACE_UNSUPPORTED`` for scores of a request
+            that no probe reads.
     """
     made = [choice for choice in choices if choice is not None]
     # All are looked up, so that a mistake in one is not hidden by another that is right.
@@ -244,6 +252,15 @@ def select(
                 )
     else:
         entry = catalogue.find(catalogue.default, None)
+    readings = catalogue.readings_of(entry)
+    if trace and not readings:
+        raise TrimtabError(
+            "E_TRACE_UNSUPPORTED",
+            f"no probe reads a request under {OFF if entry is None else entry.policy.reference}; "
+            "name probes in the policy, or start the server with --probe",
+            field="$.steering.trace",
+            expected="false",
+        )
     if entry is None:
         if strength is not None:
             raise TrimtabError(
@@ -252,9 +269,9 @@ def select(
                 field="$.steering.strength",
                 expected="a policy to go with it",
             )
-        return Selection(None, 1.0)
+        return Selection(None, 1.0, readings, trace)
     if strength is None:
-        return Selection(entry, 1.0)
+        return Selection(entry, 1.0, readings, trace)
     low, high = entry.policy.strength_range
     if not low <= strength <= high:
         raise TrimtabError(
@@ -263,7 +280,7 @@ def select(
             field="$.steering.strength",
             expected=f"{low:g} to {high:g}",
         )
-    return Selection(entry, strength)
+    return Selection(entry, strength, readings, trace)
 
 
 def _strength(value: object) -> float:

@@ -38,6 +38,7 @@ from steering.engine.random_artefacts import put_random_artefacts
 from steering.engine.settings import DEFAULT_SLOTS, SITE_NAMES, EngineSettings
 from steering.engine.site_checks import check_sites
 from steering.policy import Policy
+from steering.readings import Reading, compile_readings
 from steering.thinking_markers import detect_markers
 
 Verdict = Literal["pass", "FAIL", "no effect", "not available", "not checked"]
@@ -88,8 +89,9 @@ class Finding:
             decided a gate otherwise; ``no effect`` where the edit moved nothing, so that agreement
             shows nothing; ``not available`` where the server would refuse the policy on this model;
             ``not checked`` where the reference cannot tell the site.
-        difference: the largest, in nats; None where nothing ran.
-        effect: by how much the edit moved a log-probability, at most, in nats.
+        difference: the largest, in nats, of a probe in its scores; None where nothing ran.
+        effect: by how much the edit moved a log-probability, at most, in nats; of a probe, how far apart
+            its scores are at most.
         reason: why it is not ``pass``.
     """
 
@@ -150,7 +152,7 @@ def verify(
     Args:
         model: a checkpoint's folder, or its name on the hub.
         policies: what to check, with artefacts from the user's store, each taken as if enforced;
-            none: every kind of edit, with random artefacts in a store of their own.
+            none: every kind of edit and of probe, with random artefacts in a store of their own.
         thinking: the markers; None: told from the checkpoint.
         progress: told of the answers that are judged.
 
@@ -182,6 +184,8 @@ def _given(world: World, policies: Sequence[Policy]) -> list[Check]:
         site = ", ".join(sites)
         edit = f"{policy.reference}: {', '.join(kinds)}"
         checks.append(Check(site or "none", edit, (policy.name,), asked=True))
+    named = [reference for policy in policies for reference in policy.probes]
+    world.readings = compile_readings(named, world.store, world.fingerprint)
     return checks
 
 
@@ -289,16 +293,16 @@ def _verified(world: World, checks: Sequence[Check], progress: Progress) -> Veri
     if None in unjudged:
         raise TrimtabError("E_REFERENCE", f"the reference cannot run this model: {unjudged[None]}")
     floor = max(found.difference for found in judged[None])
-    return Verification(
-        floor,
-        sum(len(answer.token_ids) for answer in answers),
-        tuple(
-            _finding(check, judged, unjudged, bound_of(floor))
-            if check not in refused
-            else Finding(check, "not available", reason=refused[check])
-            for check in checks
-        ),
-    )
+    findings = [
+        _finding(check, judged, unjudged, bound_of(floor))
+        if check not in refused
+        else Finding(check, "not available", reason=refused[check])
+        for check in checks
+    ]
+    every = [judgement for found in judged.values() for judgement in found]
+    asked = any(check.asked for check in checks)
+    findings += [_reading_finding(reading, every, asked) for reading in world.readings]
+    return Verification(floor, sum(len(answer.token_ids) for answer in answers), tuple(findings))
 
 
 @contextmanager
@@ -371,6 +375,27 @@ def _reason(error: TrimtabError, check: Check, ranks: Sequence[Mapping[str, Any]
     for rank in ranks:
         unavailable.update(rank["unavailable"])
     return error.message if check.asked else unavailable.get(check.site, error.message)
+
+
+def _reading_finding(reading: Reading, judged: Sequence[Judgement], asked: bool) -> Finding:
+    """A row for one output of a probe, over all answers, steered and not; scores instead of nats."""
+    check = Check("probe", f"{reading.key}: {reading.read_out}", (), asked)
+    faults = [
+        found.score_faults[reading.key] for found in judged if reading.key in found.score_faults
+    ]
+    scores = [found.scores[reading.key] for found in judged if reading.key in found.scores]
+    if not scores and not faults:
+        return Finding(check, "not available", reason="this model or server does not have its site")
+    difference = max((difference for difference, _ in scores), default=None)
+    spread = max((apart for _, apart in scores), default=None)
+    if not all(difference <= TOLERANCE for difference, _ in scores):
+        faults.insert(0, f"scores differ by {difference:.2g}, {TOLERANCE:.2g} is the bound")
+    if faults:
+        return Finding(check, "FAIL", difference, spread, faults[0])
+    if not asked and spread is not None and spread < LEAST_EFFECT * TOLERANCE:
+        reason = f"says the same of everything, within {spread:.2g}"
+        return Finding(check, "no effect", difference, spread, reason)
+    return Finding(check, "pass", difference, spread)
 
 
 def _finding(

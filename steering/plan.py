@@ -410,6 +410,7 @@ def compile_policy(
     target = Target(_LoadedOnce(store.root), model, policy.largest_strength, relative_ceiling)
     contributions = _contributions(policy, target)
     gates = _gates(policy, contributions, target)
+    _check_probes(policy, target)
     if thinking is None:
         _refuse_unmarked(policy, target)
     target.path = ()
@@ -461,6 +462,17 @@ def _gates(
                     target,
                 )
     return found
+
+
+def _check_probes(policy: Policy, target: Target) -> None:
+    target.path = ()
+    for reference in policy.probes:
+        try:
+            probe = target.store.load_probe(reference)
+        except TrimtabError as error:
+            target.refuse_missing(error, "probes")
+            continue
+        target.fits(probe.card.model, "E_PROBE_MODEL", "probes")
 
 
 def _refuse_unmarked(policy: Policy, target: Target) -> None:

@@ -34,7 +34,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from steering.edits.ablate import Ablate
 from steering.edits.add import Add
 from steering.edits.clamp import Clamp
-from steering.edits.kind import ClosedModel, EditSpec, FiniteFloat, NamedArtefact
+from steering.edits.kind import ClosedModel, EditSpec, FiniteFloat, NamedArtefact, Reference
 from steering.edits.rotate import Rotate
 from steering.edits.scale_heads import ScaleHeads
 from steering.edits.scope import MAX_WINDOWS, Scope, windows_of
@@ -49,6 +49,7 @@ RESERVED_NAMES: Final = frozenset({"off"})
 """``off`` selects "no steering" wherever a policy can be named."""
 
 MAX_EDITS: Final = 64
+MAX_PROBES: Final = 16
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 _RANGE: Final = re.compile(r"[0-9]+(-[0-9]+)?\Z")
@@ -136,6 +137,25 @@ def _not_too_many(edits: dict[str, Edit]) -> dict[str, Edit]:
     return edits
 
 
+def _probes(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sorted_once(probes: tuple[str, ...]) -> tuple[str, ...]:
+    if len(probes) > MAX_PROBES:
+        raise PydanticCustomError(
+            "E_POLICY_SIZE",
+            "{count} probes; at most {most} are allowed",
+            {"count": len(probes), "most": MAX_PROBES},
+        )
+    for probe in probes:
+        if probes.count(probe) > 1:
+            raise PydanticCustomError(
+                "E_POLICY_PROBES", "{found} is named twice", {"found": shown(probe)}
+            )
+    return tuple(sorted(probes))
+
+
 def _not_too_many_gates(gates: dict[str, Gate]) -> dict[str, Gate]:
     if len(gates) > MAX_GATES:
         raise PydanticCustomError(
@@ -205,6 +225,7 @@ class Policy(ClosedModel):
         on_failure: ``closed``: a request that cannot be steered fails; ``open``: it is answered
             unsteered, and the answer says so.
         strength_range: the lowest and highest multiplier that a request may ask for; holds 1.
+        probes: probes whose scores answers under this policy report, sorted.
         edits: by name; several may act on one layer.
         gates: by name; an edit that gates name is in force only where one of them is open.
     """
@@ -221,6 +242,11 @@ class Policy(ClosedModel):
         BeforeValidator(_pair, json_schema_input_type=list[float]),
         AfterValidator(_holds_one),
     ] = Field(default=(0.0, 1.0), alias="strengthRange")
+    probes: Annotated[
+        tuple[Reference, ...],
+        BeforeValidator(_probes, json_schema_input_type=list[str]),
+        AfterValidator(_sorted_once),
+    ] = ()
     edits: Annotated[
         dict[Annotated[str, AfterValidator(_edit_name)], Edit], AfterValidator(_not_too_many)
     ] = Field(default_factory=dict)
@@ -263,7 +289,9 @@ class Policy(ClosedModel):
             replace(gate.artefact, path=("gates", name, *gate.artefact.path))
             for name, gate in self.gates.items()
         ]
-        return (*in_edits, *in_gates)
+        # They are sorted, so a place in the list is no place in the document.
+        read = [NamedArtefact(("probes",), "probe", reference) for reference in self.probes]
+        return (*in_edits, *in_gates, *read)
 
     @cached_property
     def canonical(self) -> bytes:
@@ -275,8 +303,9 @@ class Policy(ClosedModel):
         form = self.model_dump(
             mode="json", by_alias=True, exclude_none=True, exclude={"description"}
         )
-        if not self.gates:
-            del form["gates"]
+        for key in ("gates", "probes"):
+            if not form[key]:
+                del form[key]
         return rfc8785.dumps(form)
 
     @cached_property
@@ -300,8 +329,8 @@ def parse_policy(data: object) -> Policy:
             edits), ``E_POLICY_NAME``, ``E_POLICY_NAME_RESERVED``, ``E_POLICY_STRENGTH_RANGE``,
             ``E_POLICY_EDIT_KIND``, ``E_POLICY_SCOPE``, ``E_POLICY_LAYERS``, ``E_POLICY_REFERENCE``,
             ``E_POLICY_CHOICE`` (not exactly one of several keys), ``E_POLICY_SITES``,
-            ``E_POLICY_BOUNDS``, ``E_POLICY_PLANE``, ``E_POLICY_HEADS``, ``E_GATE_THRESHOLD``,
-            ``E_GATE_EDIT``.
+            ``E_POLICY_BOUNDS``, ``E_POLICY_PLANE``, ``E_POLICY_HEADS``, ``E_POLICY_PROBES``,
+            ``E_GATE_THRESHOLD``, ``E_GATE_EDIT``.
     """
     try:
         return Policy.model_validate(data)

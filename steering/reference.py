@@ -164,7 +164,7 @@ def scores_of(probe: Probe, output: int, h: Tensor) -> Tensor:
 
 
 @contextmanager
-def _reading(
+def reading(
     model: nn.Module, probe: Probe, output: int, take: Callable[[Tensor], None]
 ) -> Iterator[None]:
     """``take`` the probe's scores of the tokens of every pass inside the block.
@@ -376,7 +376,7 @@ def steering(
     with ExitStack() as stack:
         for name, gate in now.gates.items():
             stack.enter_context(
-                _reading(model, now.probes[name], gate.output, _recorder(now, name, first_position))
+                reading(model, now.probes[name], gate.output, _recorder(now, name, first_position))
             )
         for module, hook in _edit_hooks(layers, now, store, strength, first_position):
             stack.callback(module.register_forward_hook(hook).remove)
@@ -651,7 +651,7 @@ def probe_scores(
         ``[T] float64``, read before the edits of the probe's layer.
     """
     scores: list[Tensor] = []
-    with _reading(model, store.load_probe(probe), output, scores.append):
+    with reading(model, store.load_probe(probe), output, scores.append):
         steered(
             model,
             policy,

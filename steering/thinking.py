@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -90,6 +91,19 @@ class ThinkingTracker:
             np.array([PHASES.index(phase) for phase in phases], dtype=np.uint8),
             np.array([phase == "think_end" for phase in phases]),
         )
+
+    @cached_property
+    def _rows(self) -> list[bytes]:
+        # Looking up one token at a time, bytes are several times faster than an array.
+        return [row.tobytes() for row in self.transitions]
+
+    def state_after(self, token_ids: Iterable[int], state: int | None = None) -> int:
+        """The state after the last of these tokens; arguments as for :meth:`states`."""
+        at = self.start_state if state is None else state
+        rows = self._rows
+        for token in token_ids:
+            at = rows[at][token]
+        return at
 
     def states(self, token_ids: Iterable[int], state: int | None = None) -> NDArray[np.uint8]:
         """The state after each token.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 OWN_FLAGS: Final = (
     "--policies",
     "--default-policy",
+    "--probe",
     "--slots",
     "--steering-layers",
     "--steering-sites",
@@ -73,6 +74,12 @@ def serve(
     default_policy: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Policy of requests that choose none; off unless given."),
+    ] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME@VERSION", help="Probe that reads all traffic; may be given several times."
+        ),
     ] = None,
     slots: Annotated[
         int | None,
@@ -133,6 +140,7 @@ def serve(
             max_body_bytes,
             auto_sites=steering_sites == "auto",
             thinking=_thinking(think_start, think_end),
+            probes=tuple(probe or ()),
         )
         launch.set_environment(options.engine, allow_unchecked_vllm=allow_unchecked_vllm)
         with progress_reporter(Output(json_mode=False)) as progress:
@@ -169,7 +177,7 @@ def _engine_settings(
     if sites_text not in ("auto", "all"):
         # Additions are always hooked.
         sites = tuple(dict.fromkeys(["add", *(name.strip() for name in sites_text.split(","))]))
-    sizes = {"slots": slots, "projections": projections}
+    sizes: dict[str, Any] = {"slots": slots, "projections": projections}
     return EngineSettings(
         layers=None if layers == "all" else layers,
         sites=sites,
@@ -190,6 +198,8 @@ def _banner(prepared: Prepared) -> None:
     facts.add_row("model", Text(", ".join(prepared.names)))
     facts.add_row("default policy", catalogue.default)
     facts.add_row("sites", ", ".join(prepared.engine.sites))
+    if catalogue.probes:
+        facts.add_row("probes", ", ".join(reading.key for reading in catalogue.probes))
     if prepared.thinking is not None:
         facts.add_row("thinking", Text(" … ".join(map(repr, prepared.thinking))))
     facts.add_row("API", f"{prepared.url}/v1")
@@ -201,7 +211,7 @@ def _banner(prepared: Prepared) -> None:
     if not catalogue.entries:
         console.print("no policies: nothing will be steered (see --policies)")
         return
-    table = Table("policy", "mode", "on failure", "strength", "choose it by model name")
+    table = Table("policy", "mode", "on failure", "strength", "reads", "choose it by model name")
     for entry in catalogue.entries.values():
         policy = entry.policy
         low, high = policy.strength_range
@@ -210,6 +220,7 @@ def _banner(prepared: Prepared) -> None:
             policy.mode,
             policy.on_failure,
             f"{low:g} to {high:g}",
+            ", ".join(reading.key for reading in catalogue.readings_of(entry)),
             Text(f"{name}@{policy.name}"),
         )
     console.print(table)

@@ -34,8 +34,11 @@ from directions.errors import TrimtabError
 from steering.engine.exchange import Exchange, current_exchange
 from steering.engine.identity import operators_digest
 from steering.engine.ledger import SlotLedger
+from steering.engine.observer import Observer
+from steering.engine.score_log import ScoreLog
 from steering.engine.stamp import KEY, Stamp, read_stamp
 from steering.plan import Plan
+from steering.thinking import ThinkingTracker
 
 _ATTRIBUTE = "trimtab_frontend"
 
@@ -79,15 +82,21 @@ class Frontend:
 
     Attributes:
         plans: the plans that every worker has confirmed, by id.
-        requests: unfinished steered engine requests, by internal request id.
+        readings: the ids of the readings that every worker has confirmed, in the order of their numbers.
+        requests: unfinished engine requests that are steered or read, by internal request id.
         thinking: the markers that the workers' thinking tracker was made for, once one was sent.
+        tracker: tells thinking from answering in this process; ``None`` where the markers are not known.
+        observer: who is told of scores, gates and steps.
     """
 
     def __init__(self, ledger: SlotLedger) -> None:
         self.ledger = ledger
         self.plans: dict[str, Plan] = {}
-        self.requests: dict[str, tuple[Exchange | None, str]] = {}
+        self.readings: tuple[str, ...] = ()
+        self.requests: dict[str, tuple[Exchange | None, str | None]] = {}
         self.thinking: tuple[str, str] | None = None
+        self.tracker: ThinkingTracker | None = None
+        self.observer: Observer | None = None
 
     def decide(self, params: Any, resumable: bool = False) -> Stamp | None:
         """What the request that is being admitted runs under.
@@ -98,6 +107,7 @@ class Frontend:
         """
         exchange = current_exchange.get()
         extra_args = params.extra_args if isinstance(params, SamplingParams) else None
+        read = None
         if exchange is not None:
             if KEY in (extra_args or {}):
                 raise _invalid(
@@ -106,8 +116,9 @@ class Frontend:
                     f"{KEY!r} in vllm_xargs is set by the server; choose a policy with the "
                     "steering field",
                 )
+            read = self._read(exchange, params, resumable)
             if exchange.plan is None or exchange.declined is not None:
-                return None
+                return read
             stamp = Stamp(exchange.plan.id, exchange.strength)
         else:
             try:
@@ -129,22 +140,41 @@ class Frontend:
                 "E_STREAMING_INPUT",
                 "a request whose input arrives in pieces cannot be steered",
             )
-        plan = self.plans.get(stamp.plan)
+        plan = self.plans.get(stamp.plan or "")
         if plan is None:
             raise _invalid(
                 exchange,
                 "E_PLAN_INACTIVE",
-                f"plan {stamp.plan[:12]} is not active on this engine",
+                f"plan {(stamp.plan or '')[:12]} is not active on this engine",
             )
         if not self.ledger.can_admit(plan):
             if exchange is not None and exchange.on_failure == "open":
                 exchange.declined = "slots_exhausted"
-                return None
+                return read
             refusal = TrimtabError("E_SLOTS_EXHAUSTED", "every steering slot is in use; try again")
             if exchange is not None:
                 exchange.refusal = refusal
             raise SlotsExhaustedError(refusal)
-        return replace(stamp, phased=plan.phased)
+        stamp = replace(stamp, phased=plan.phased)
+        if read is not None:
+            stamp = replace(stamp, readings=read.readings, whole_prompt=read.whole_prompt)
+        return stamp
+
+    def _read(self, exchange: Exchange, params: Any, resumable: bool) -> Stamp | None:
+        """A stamp for a request that is only read; ``None`` where nothing is read of it."""
+        if not exchange.readings or resumable or not isinstance(params, SamplingParams):
+            return None
+        numbers = []
+        for reading in exchange.readings:
+            if reading.id not in self.readings:
+                raise _invalid(
+                    exchange,
+                    "E_PROBE_INACTIVE",
+                    f"probe {reading.key} is not read on this engine",
+                )
+            numbers.append(self.readings.index(reading.id))
+        whole = exchange.trace == "all"
+        return Stamp(None, 1.0, readings=tuple(sorted(numbers)), whole_prompt=whole)
 
     def enter(self, request: Any, stamp: Stamp, index: int) -> None:
         """Count an engine request that is about to be sent to the engine.
@@ -157,15 +187,32 @@ class Frontend:
         exchange = current_exchange.get()
         request_id = request.request_id
         self.requests[request_id] = (exchange, stamp.plan)
-        self.ledger.acquire(stamp.plan, len(self.plans[stamp.plan].rows))
-        if exchange is not None:
-            exchange.begin(request_id, request.external_req_id or request_id, index)
+        if stamp.plan is not None:
+            self.ledger.acquire(stamp.plan, len(self.plans[stamp.plan].rows))
+        if exchange is None:
+            return
+        exchange.begin(request_id, request.external_req_id or request_id, index)
+        if stamp.readings:
+            prompt = request.prompt_token_ids
+            exchange.scores[request_id] = ScoreLog(
+                exchange.readings,
+                prompt or (),
+                len(request.prompt_embeds if prompt is None else prompt),
+                self.tracker,
+                whole_prompt=stamp.whole_prompt,
+            )
 
-    def leave(self, request_id: str) -> None:
-        """Stop counting an engine request that ended, in whatever way."""
-        entry = self.requests.pop(request_id, None)
-        if entry is not None:
-            self.ledger.release(entry[1])
+    def leave(self, request_id: str, *, finished: bool) -> None:
+        """Stop counting an engine request that ended.
+
+        Args:
+            finished: whether it came to its own end; otherwise it was given up.
+        """
+        exchange, plan = self.requests.pop(request_id, (None, None))
+        if plan is not None:
+            self.ledger.release(plan)
+        if exchange is not None and self.observer is not None:
+            self.observer.ended(exchange, request_id, finished)
 
     def exchange_of(self, request_id: str) -> Exchange | None:
         """The exchange that an unfinished engine request belongs to."""
@@ -181,7 +228,7 @@ def derive_salt(client_salt: str | None, stamp: Stamp | None) -> str | None:
     the operators' digest their meaning. A client's own salt is kept in a name space of its own: whatever
     a client sends, it can neither read nor write the blocks of another plan.
     """
-    if stamp is None:
+    if stamp is None or stamp.plan is None:
         return None if client_salt is None else f"client:{client_salt}"
     material = json.dumps([client_salt, stamp.plan, stamp.strength, operators_digest()])
     return "trimtab:" + hashlib.sha256(material.encode()).hexdigest()
@@ -206,6 +253,9 @@ def wrap_process_inputs(input_processor_class: Any) -> None:
             extra_args = request.sampling_params.extra_args
             if stamp is not None:
                 request.sampling_params.extra_args = stamp.to_extra_args(extra_args)
+                if stamp.whole_prompt:
+                    # Tokens whose keys and values come from the cache are not computed, so not read.
+                    request.sampling_params.skip_reading_prefix_cache = True
             elif KEY in (extra_args or {}):
                 request.sampling_params.extra_args = {
                     k: v for k, v in extra_args.items() if k != KEY
@@ -226,7 +276,7 @@ def wrap_beam_search(mixin_class: Any) -> None:
     """Refuse beam search under a plan, whatever route it is asked for on.
 
     Beam search makes a request of its own of every beam at every token, with the answer so far as its
-    prompt, so the phases of the tokens are lost.
+    prompt, so the phases of the tokens are lost. For the same reason nothing is read of it.
     """
     original = mixin_class.beam_search
 
@@ -237,6 +287,8 @@ def wrap_beam_search(mixin_class: Any) -> None:
             raise _invalid(
                 exchange, "E_BEAM_SEARCH", f"beam search cannot run under {exchange.policy}"
             )
+        if exchange is not None:
+            exchange.readings = ()
         async for output in original(self, *args, **kwargs):
             yield output
 

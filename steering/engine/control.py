@@ -19,9 +19,11 @@ from steering.engine.admission import Frontend, attach_frontend, frontend_of
 from steering.engine.identity import NAME
 from steering.engine.ledger import SlotLedger
 from steering.engine.payload import PlanPayload, build_payload
+from steering.engine.probe_reader import ReadingPayload
 from steering.engine.rank_calls import Answer, call_ranks, place
-from steering.engine.site_checks import check_sites
+from steering.engine.site_checks import check_readings, check_sites
 from steering.plan import Plan
+from steering.readings import Reading
 from steering.thinking import ThinkingTracker
 
 # A row set larger than this is sent in a call of its own, so that no single message grows with the
@@ -130,9 +132,7 @@ async def _track(engine: Any, frontend: Frontend, plans: Iterable[Plan]) -> None
     if not markers or frontend.thinking is not None:
         return
     (pair,) = markers
-    size = engine.vllm_config.model_config.get_vocab_size()
-    texts = _token_texts(engine.input_processor.tokenizer, size)
-    tracker = ThinkingTracker.build(texts, *pair)
+    tracker = frontend.tracker = _tracker(engine, pair)
     wire = {
         "states": len(tracker.phase_of_state),
         "transitions": tracker.transitions.tobytes(),
@@ -142,6 +142,11 @@ async def _track(engine: Any, frontend: Frontend, plans: Iterable[Plan]) -> None
     }
     await call_ranks(engine, "trimtab_track", wire)
     frontend.thinking = pair
+
+
+def _tracker(engine: Any, markers: tuple[str, str]) -> ThinkingTracker:
+    size = engine.vllm_config.model_config.get_vocab_size()
+    return ThinkingTracker.build(_token_texts(engine.input_processor.tokenizer, size), *markers)
 
 
 def _token_texts(tokenizer: Any, size: int) -> list[str]:
@@ -172,6 +177,45 @@ async def activate(engine: Any, plans: Iterable[Plan], store: Store | None = Non
     return await activate_payloads(engine, payloads, plans)
 
 
+async def activate_readings(
+    engine: Any,
+    readings: Sequence[Reading],
+    store: Store | None = None,
+    thinking: tuple[str, str] | None = None,
+) -> Frontend:
+    """Send probes to every worker and let requests ask for their scores once all have confirmed.
+
+    Args:
+        engine: vLLM's ``AsyncLLM``.
+        readings: of the served model.
+        store: where their probes are; the default store if ``None``.
+        thinking: the texts that begin and end thinking, where they are known.
+
+    Raises:
+        TrimtabError: ``E_PLUGIN_ABSENT``, ``E_ACTIVATION`` when a rank refuses, ``E_SITE_UNHOOKED``,
+            ``E_PROBE_PIPELINE``, or the store's ``E_ARTEFACT_…``.
+    """
+    frontend = _frontend(engine)
+    store = store or Store()
+    wire = []
+    for reading in readings:
+        probe = store.load_probe(f"sha256:{reading.probe}")
+        weight, bias = probe.weights[reading.output], float(probe.bias[reading.output])
+        payload = ReadingPayload(reading.id, reading.layer, reading.read_out, weight, bias)
+        wire.append(payload.to_wire())
+    ranks = await rank_status(engine)
+    for number in {rank["engine"] for rank in ranks}:
+        check_readings(readings, [rank for rank in ranks if rank["engine"] == number])
+    ranks = await call_ranks(engine, "trimtab_read", wire)
+    numbered = {tuple(rank["readings"]) for rank in ranks}
+    if len(numbered) != 1:
+        raise TrimtabError("E_ACTIVATION", "the ranks do not number probes alike", field="engine")
+    (frontend.readings,) = numbered
+    if thinking is not None and frontend.tracker is None:
+        frontend.tracker = _tracker(engine, thinking)
+    return frontend
+
+
 async def deactivate(engine: Any, plan_ids: Sequence[str]) -> None:
     """Stop admitting under plans and forget them on every worker; running requests keep them."""
     frontend = _frontend(engine)
@@ -186,6 +230,16 @@ def activate_local(llm: Any, plans: Iterable[Plan], store: Store | None = None) 
     Requests then name their plan in ``SamplingParams(extra_args={"trimtab": {"plan": …, "strength": …}})``.
     """
     return asyncio.run(activate(_Local(llm), plans, store))
+
+
+def activate_readings_local(
+    llm: Any,
+    readings: Sequence[Reading],
+    store: Store | None = None,
+    thinking: tuple[str, str] | None = None,
+) -> Frontend:
+    """:func:`activate_readings` for vLLM's offline ``LLM``."""
+    return asyncio.run(activate_readings(_Local(llm), readings, store, thinking))
 
 
 def local_status(llm: Any) -> list[Answer]:

@@ -17,10 +17,13 @@ from typing import Literal
 
 from directions.errors import TrimtabError
 from steering.engine.gate_report import GateReport
+from steering.engine.score_log import ScoreLog
 from steering.engine.stamp import to_float32
 from steering.plan import Plan
+from steering.readings import Reading
 
 Mode = Literal["off", "shadow", "enforce"]
+Trace = Literal[False, True, "all"]
 OnFailure = Literal["closed", "open"]
 
 
@@ -50,6 +53,11 @@ class Exchange:
             a policy without edits).
         acknowledgements: by engine request id (one per prompt and per ``n``); ``None`` until the
             worker has reported.
+        readings: what probes read of it and its answer reports.
+        trace: whether the answer reports the score of every token: of generated tokens, or of
+            ``all``, the prompt's included.
+        scores: by engine request id.
+        engine: the number of the data parallel engine that reported last.
         declined: why an ``open`` policy is not applied to a request that runs all the same, e.g.
             ``slots_exhausted``.
         refusal: the error with which the engine's side refused the request. vLLM's handlers reword
@@ -63,6 +71,10 @@ class Exchange:
     plan: Plan | None
     acknowledgements: dict[str, Acknowledgement | None] = field(default_factory=dict)
     gates: dict[str, tuple[GateReport, ...]] = field(default_factory=dict)
+    readings: tuple[Reading, ...] = ()
+    trace: Trace = False
+    scores: dict[str, ScoreLog] = field(default_factory=dict)
+    engine: int = 0
     declined: str | None = None
     refusal: TrimtabError | None = None
     _choices: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -76,8 +88,12 @@ class Exchange:
                 GateReport(gate.name, fired=False) for gate in self.plan.gates
             )
 
-    def gates_of_choice(self, choice: int | None) -> tuple[GateReport, ...]:
-        """The gates of the answer's choice with this index; of the last part of an answer without.
+    def prompt_id(self, request_id: str) -> str | None:
+        """What vLLM calls the prompt of an engine request; in most answers, their id."""
+        return self._choices.get(request_id, (None, 0))[0]
+
+    def request_of_choice(self, choice: int | None) -> str | None:
+        """The engine request of the answer's choice with this index; without, of its last part.
 
         vLLM numbers the prompts of one HTTP request by a suffix of their ids, and choices by prompt and
         then by answer.
@@ -92,7 +108,15 @@ class Exchange:
         if choice is not None:
             requests.sort(key=order)
         at = -1 if choice is None else choice
-        return self.gates.get(requests[at], ()) if -1 <= at < len(requests) > 0 else ()
+        return requests[at] if -1 <= at < len(requests) > 0 else None
+
+    def gates_of_choice(self, choice: int | None) -> tuple[GateReport, ...]:
+        """The gates of :meth:`request_of_choice`."""
+        return self.gates.get(self.request_of_choice(choice) or "", ())
+
+    def scores_of_choice(self, choice: int | None) -> ScoreLog | None:
+        """The scores of :meth:`request_of_choice`."""
+        return self.scores.get(self.request_of_choice(choice) or "")
 
     @property
     def acknowledged(self) -> bool:

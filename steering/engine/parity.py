@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,11 +24,16 @@ import torch
 from directions.card import ModelFingerprint
 from directions.errors import TrimtabError
 from directions.store import Store
+from steering.engine.admission import Frontend, frontend_of
+from steering.engine.control import activate_readings_local, local_status
 from steering.engine.exchange import Exchange, current_exchange
 from steering.engine.gate_report import GateReport
+from steering.engine.score_log import ScoreLog
+from steering.engine.site_checks import hooked_layers
 from steering.plan import Plan, compile_policy
 from steering.policy import Policy, parse_policy
-from steering.reference import Steered, steered, text_phases, token_texts
+from steering.readings import Reading
+from steering.reference import Steered, reading, steered, text_phases, token_texts
 from steering.reference_sites import decoder_layers
 
 TOLERANCE: Final = 1e-4
@@ -48,6 +53,7 @@ class World:
         thinking: the texts that begin and end the model's thinking, where they are known.
         plans: by policy name.
         policies: by name; taken as if enforced.
+        readings: what is read of every request, as far as the engine has the sites.
     """
 
     path: Path
@@ -58,6 +64,7 @@ class World:
     thinking: tuple[str, str] | None
     plans: dict[str, Plan] = field(default_factory=dict)
     policies: dict[str, Policy] = field(default_factory=dict)
+    readings: tuple[Reading, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +125,18 @@ class World:
             tokenizer=self.tokenizer,
             thinking=self.thinking,
         )
+
+    def scores(self, answer: Answer, policy: str | None) -> tuple[Steered, dict[str, torch.Tensor]]:
+        """:meth:`steered`, and the scores ``[T]`` of what was read of the answer, by key."""
+        read: dict[str, list[torch.Tensor]] = {}
+        with ExitStack() as stack:
+            for found in self.readings:
+                if found.key in answer.scores:
+                    probe = self.store.load_probe(f"sha256:{found.probe}")
+                    take = read.setdefault(found.key, []).append
+                    stack.enter_context(reading(self.model, probe, found.output, take))
+            reference = self.steered(answer, policy)
+        return reference, {key: torch.cat(parts) for key, parts in read.items()}
 
     def phases(self, answer: Answer) -> tuple[str, ...]:
         """The phase of each token of an answer; the markers must be known."""
@@ -209,6 +228,7 @@ class Answer:
         finish_reason: as vLLM calls it.
         cached_tokens: of the prompt, found in the prefix cache.
         gates: what the worker reported.
+        scores: what was read of it: pairs of position and score, by the reading's key.
     """
 
     request: Request
@@ -218,16 +238,24 @@ class Answer:
     finish_reason: str | None
     cached_tokens: int
     gates: tuple[GateReport, ...] = ()
+    scores: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
-def exchange_for(world: World, request: Request) -> Exchange:
-    """What the server would make of a request's choice of policy."""
+def exchange_for(world: World, request: Request, frontend: Frontend | None = None) -> Exchange:
+    """What the server would make of a request's choice of policy, with every token's scores.
+
+    Args:
+        frontend: the engine's; nothing is read that it does not have.
+    """
+    active = () if frontend is None else frontend.readings
     return Exchange(
         policy=request.policy or "off",
         mode="off" if request.policy is None else "enforce",
         on_failure="closed",
         strength=request.strength,
         plan=world.plans[request.policy] if request.policy and request.strength else None,
+        readings=tuple(found for found in world.readings if found.id in active),
+        trace=True,
     )
 
 
@@ -269,16 +297,38 @@ def answers_of(request: Request, exchange: Exchange, output: Any) -> list[Answer
             sequence.finish_reason,
             output.num_cached_tokens or 0,
             exchange.gates_of_choice(sequence.index),
+            _scores(exchange.scores_of_choice(sequence.index)),
         )
         for sequence in output.outputs
     ]
+
+
+def _scores(log: ScoreLog | None) -> dict[str, list[tuple[int, float]]]:
+    if log is None:
+        return {}
+    return {found.key: log.trace(n) for n, found in enumerate(log.readings)}
+
+
+def activate_world_readings(llm: Any, world: World) -> Frontend:
+    """Let everything that the engine has a site for be read."""
+    ranks = local_status(llm)
+    hooked = hooked_layers(ranks, "probes")
+    return activate_readings_local(
+        llm,
+        [found for found in world.readings if found.layer in hooked],
+        world.store,
+        world.thinking,
+    )
 
 
 def run(llm: Any, world: World, requests: Sequence[Request]) -> list[Answer]:
     """All requests as one batch, each admitted like a request of the server's."""
     from vllm.inputs.engine import tokens_input
 
-    exchanges = [exchange_for(world, request) for request in requests]
+    frontend = frontend_of(llm.llm_engine.input_processor)
+    if frontend is not None and world.readings and not frontend.readings:
+        activate_world_readings(llm, world)
+    exchanges = [exchange_for(world, request, frontend) for request in requests]
     for number, (request, exchange) in enumerate(zip(requests, exchanges, strict=True)):
         prompt = tokens_input(list(request.prompt))
         token = current_exchange.set(exchange)
@@ -309,6 +359,8 @@ class Judgement:
         effect: by how much the policy moves the log-probability of any chosen token, by the reference;
             None for unsteered answers.
         gate_faults: where the engine's word on a gate is not the reference's.
+        scores: by reading, the largest difference of its scores and how far apart these are at most.
+        score_faults: by reading, what is wrong with which tokens have a score.
     """
 
     answer: Answer
@@ -316,6 +368,8 @@ class Judgement:
     regret: float | None
     effect: float | None
     gate_faults: tuple[str, ...]
+    scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    score_faults: Mapping[str, str] = field(default_factory=dict)
 
 
 def judge(world: World, answer: Answer, *, with_effect: bool = True) -> Judgement:
@@ -330,7 +384,7 @@ def judge(world: World, answer: Answer, *, with_effect: bool = True) -> Judgemen
     request = answer.request
     chosen = torch.tensor(answer.token_ids)[:, None]
     first = len(request.prompt) - 1
-    reference = world.steered(answer, request.policy)
+    reference, expected_scores = world.scores(answer, request.policy)
     rows = reference.logprobs[first:]
     expected = rows.gather(1, chosen)[:, 0]
     effect = None
@@ -340,12 +394,24 @@ def judge(world: World, answer: Answer, *, with_effect: bool = True) -> Judgemen
         if with_effect:
             plain = world.steered(answer, None).logprobs[first:]
             effect = float((plain.gather(1, chosen)[:, 0] - expected).abs().max())
+    scores: dict[str, tuple[float, float]] = {}
+    score_faults: dict[str, str] = {}
+    positions = list(range(first, len(request.prompt) + len(answer.token_ids) - 1))
+    for key, trace in answer.scores.items():
+        if [position for position, _ in trace] != positions:
+            score_faults[key] = f"{len(trace)} scores, not one for each of {len(positions)} tokens"
+            continue
+        found = torch.tensor([score for _, score in trace], dtype=torch.float64)
+        difference = float((found - expected_scores[key][first:]).abs().max())
+        scores[key] = (difference, float(found.max() - found.min()))
     return Judgement(
         answer,
         float((torch.tensor(answer.logprobs) - expected).abs().max()),
         float((rows.max(dim=1).values - expected).max()) if request.n == 1 else None,
         effect,
         faults,
+        scores,
+        score_faults,
     )
 
 

@@ -30,20 +30,29 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.engine.output_processor import (
+        OutputProcessor,
+        RequestOutputCollector,
+        RequestState,
+    )
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from steering.engine.admission import wrap_beam_search, wrap_process_inputs
     from steering.engine.blocks import wrap_block_keys
     from steering.engine.identity import wrap_create_engine_config
     from steering.engine.rank_calls import answering
-    from steering.engine.relay import wrap_get_scheduler_cls, wrap_output_processor
+    from steering.engine.relay import (
+        wrap_delivery,
+        wrap_get_scheduler_cls,
+        wrap_output_processor,
+    )
     from steering.engine.worker import RPC_METHODS, wrap_init_device
 
     wrap_create_engine_config(EngineArgs)
     wrap_process_inputs(InputProcessor)
     wrap_beam_search(BeamSearchOnlineMixin)
     wrap_output_processor(OutputProcessor)
+    wrap_delivery(RequestState, RequestOutputCollector)
     wrap_get_scheduler_cls(SchedulerConfig)
     wrap_block_keys(kv_cache_utils)
     wrap_init_device(WorkerWrapperBase)

@@ -13,13 +13,17 @@ import torch
 
 from directions.card import CardDraft, HeadSetDraft, ProbeDraft
 from steering.engine.parity import World
+from steering.readings import compile_readings
 from steering.reference_sites import decoder_layers
 
 _CREATED: Final = "2026-01-01T00:00:00Z"
 
+PROBES: Final = ("early@1", "middle@1", "similar@1", "top@1")
+"""The probes, two outputs each."""
+
 
 def put_random_artefacts(world: World) -> None:
-    """Put random artefacts for a world's model into its store.
+    """Put random artefacts for a world's model into its store, and have the probes read.
 
     ``alpha`` and ``beta`` are directions; ``early``, ``middle``, ``top`` probes that read a quarter and half
     of the way up and the final norm, ``similar`` one with the cosine read-out; ``few`` is a head set.
@@ -64,6 +68,7 @@ def put_random_artefacts(world: World) -> None:
         [1.0, 0.5, 0.25][: len(distinct)],
         name="few",
     )
+    world.readings = compile_readings(PROBES, world.store, described)
 
 
 def _probe_draft(

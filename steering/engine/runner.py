@@ -7,13 +7,15 @@ vLLM has two model runners with different insides. Everything that depends on wh
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from steering.engine.probe_reader import ScoreSnapshot, Wanted
 from steering.engine.request_rows import NoFreeRowError, Placement, Snapshot
 from steering.engine.stamp import Stamp, read_stamp
-from steering.engine.step import Batch, Step
-from steering.engine.tables import NoFreeSlotError
+from steering.engine.step import Batch, Edited, Step
+from steering.engine.tables import EDIT_KINDS, NoFreeSlotError
 
 # A child of vLLM's logger, so that it shows where vLLM's own lines do.
 logger = logging.getLogger("vllm.trimtab")
@@ -21,6 +23,8 @@ logger = logging.getLogger("vllm.trimtab")
 REPORTS = "trimtab_reports"
 """Attribute of a ``ModelRunnerOutput`` that carries :meth:`Reports.resolve`."""
 
+STEP = "trimtab_step"
+"""Attribute of a ``ModelRunnerOutput`` that carries :meth:`Reports.step`."""
 
 _REASONS = {
     KeyError: "plan_unknown",
@@ -59,10 +63,21 @@ class Reports:
     Attributes:
         placed: whether each request that entered has its plan, and if not, why.
         gates: of the requests in the step.
+        scores: of the tokens that were read in the step.
+        edited: how many tokens of the step were edited.
+        seconds: what the host spent on Trimtab before and after the step's pass.
     """
 
     placed: dict[str, tuple[bool, str | None]]
     gates: Snapshot | None
+    scores: ScoreSnapshot | None = None
+    edited: Edited | None = None
+    seconds: float = 0.0
+
+    def step(self) -> list[float]:
+        """What the step cost and how many tokens it edited, by kind; waits for the device."""
+        edited = [0] * len(EDIT_KINDS) if self.edited is None else self.edited.resolve()
+        return [self.seconds, *edited]
 
     def resolve(self) -> dict[str, dict[str, Any]]:
         """By request, msgpack-native; waits for the device where gates are asked about."""
@@ -74,6 +89,9 @@ class Reports:
             for request_id, decisions in self.gates.decisions().items():
                 wire = [decision.to_wire() for decision in decisions]
                 reports.setdefault(request_id, {})["gates"] = wire
+        if self.scores is not None:
+            for request_id, found in self.scores.by_request().items():
+                reports.setdefault(request_id, {})["scores"] = [found]
         return reports
 
 
@@ -86,14 +104,17 @@ class WorkerRequests:
         heard: whether this rank's reports reach the scheduler. A fault on a rank that nobody hears
             ends the engine: an error for everyone, where silence would be an unsteered answer.
         placements: by engine request id.
+        reading: what is to be read, by engine request id.
     """
 
     step: Step
     heard: bool = True
     placements: dict[str, Placement] = field(default_factory=dict)
+    reading: dict[str, Wanted] = field(default_factory=dict)
     _stamps: dict[str, Stamp] = field(default_factory=dict)
     _placed: dict[str, tuple[bool, str | None]] = field(default_factory=dict)
     _in_step: list[tuple[str, Placement]] = field(default_factory=list)
+    _seconds: float = 0.0
 
     def enter(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
         """Place a new request's plan, if it has one, and note the outcome.
@@ -105,10 +126,13 @@ class WorkerRequests:
             stamp = read_stamp(extra_args)
             if stamp is None or self._stamps.get(request_id) == stamp:
                 return
-            if request_id in self.placements:
-                self.leave(request_id)
-            self._place(request_id, stamp)
-            self._placed[request_id] = (True, None)
+            self.leave(request_id)
+            if stamp.plan is not None:
+                self.placements[request_id] = self._place(stamp.plan, stamp.strength)
+                self._placed[request_id] = (True, None)
+            if stamp.readings:
+                self.reading[request_id] = Wanted(stamp.readings, stamp.whole_prompt)
+            self._stamps[request_id] = stamp
         except Exception as error:
             if not self.heard:
                 raise
@@ -117,31 +141,40 @@ class WorkerRequests:
                 logger.exception("placing the plan of request %s failed", request_id)
             self._placed[request_id] = (False, reason)
 
-    def _place(self, request_id: str, stamp: Stamp) -> None:
+    def _place(self, plan: str, strength: float) -> Placement:
         tables = self.step.tables
-        resident = tables.place(stamp.plan)
+        resident = tables.place(plan)
         try:
-            placement = self.step.requests.take(stamp.plan, resident, stamp.strength)
+            return self.step.requests.take(plan, resident, strength)
         except BaseException:
-            tables.release(stamp.plan)
+            tables.release(plan)
             raise
-        self.placements[request_id] = placement
-        self._stamps[request_id] = stamp
 
     def leave(self, request_id: str) -> None:
-        """Release a request's plan, if it has one."""
+        """Release a request's plan, if it has one, and read it no more."""
+        self._stamps.pop(request_id, None)
+        self.reading.pop(request_id, None)
         placement = self.placements.pop(request_id, None)
         if placement is not None:
-            del self._stamps[request_id]
             self.step.requests.give_back(placement)
             self.step.tables.release(placement.plan)
 
     def prepare(self, batch: Batch) -> None:
         """Describe the next forward pass."""
-        if not self.placements:
+        if not self._stamps:
             self._in_step = []
+            self._seconds = 0.0
             self.step.clear()
             return
+        began = time.perf_counter()
+        self._describe(batch)
+        self._seconds = time.perf_counter() - began
+
+    def _describe(self, batch: Batch) -> None:
+        if self.reading:
+            self.step.reader.fill([self.reading.get(r) for r in batch.request_ids], batch)
+        else:
+            self.step.reader.clear()
         found = [self.placements.get(request_id) for request_id in batch.request_ids]
         self._in_step = [
             (request_id, placement)
@@ -154,8 +187,15 @@ class WorkerRequests:
         """What is to be told with the step that has just been queued; ``None`` for nothing."""
         placed, self._placed = self._placed, {}
         in_step, self._in_step = self._in_step, []
+        if not self._seconds:
+            return Reports(placed, None) if placed else None
+        began = time.perf_counter()
         gates = self.step.requests.snapshot(in_step) if in_step else None
-        return Reports(placed, gates) if placed or gates is not None else None
+        scores = self.step.reader.take()
+        edited = self.step.edited_tokens()
+        seconds = self._seconds + time.perf_counter() - began
+        self._seconds = 0.0
+        return Reports(placed, gates, scores, edited, seconds)
 
 
 def attach_reports(output: Any, reports: Reports | None) -> Any:
@@ -169,14 +209,20 @@ def attach_reports(output: Any, reports: Reports | None) -> Any:
     if reports is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
         return output  # the empty output is shared by everyone, and read by nobody
     if isinstance(output, ModelRunnerOutput):
-        setattr(output, REPORTS, reports.resolve())
+        _attach(output, reports)
     elif isinstance(output, AsyncModelRunnerOutput):
         original = output.get_output
 
         def get_output() -> Any:
             inner = original()
-            setattr(inner, REPORTS, reports.resolve())
+            _attach(inner, reports)
             return inner
 
         output.get_output = get_output
     return output
+
+
+def _attach(output: Any, reports: Reports) -> None:
+    setattr(output, REPORTS, reports.resolve())
+    if reports.seconds:
+        setattr(output, STEP, reports.step())

@@ -17,10 +17,14 @@ SLOTS = "TRIMTAB_SLOTS"
 LAYERS = "TRIMTAB_LAYERS"
 SITES = "TRIMTAB_SITES"
 PROJECTIONS = "TRIMTAB_PROJECTIONS"
+PROBE_LAYERS = "TRIMTAB_PROBE_LAYERS"
 
-SITE_NAMES = ("add", "heads", "residual", "attention", "mlp", "gates")
+SITE_NAMES = ("add", "heads", "residual", "attention", "mlp", "gates", "probes")
 """What can be hooked: additions to the stream (always are), attention heads, projections at three sites,
-and gates."""
+gates, and probes whose scores are reported."""
+
+MAX_READINGS = 16
+"""Outputs of probes that one server reads."""
 
 DEFAULT_SLOTS = 32
 DEFAULT_PROJECTIONS = 4
@@ -40,12 +44,15 @@ class EngineSettings:
         layers: decoder layers to hook; ``None`` hooks all.
         sites: which of :data:`SITE_NAMES` are hooked at those layers.
         projections: vectors that a policy may project on at one site of one layer.
+        probe_layers: layers, of those that are hooked, after which probes are read; the number of layers
+            is the final norm. ``None``: after each.
     """
 
     slots: int = DEFAULT_SLOTS
     layers: tuple[int, ...] | None = None
     sites: tuple[str, ...] = SITE_NAMES
     projections: int = DEFAULT_PROJECTIONS
+    probe_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.slots <= 4096:
@@ -86,6 +93,8 @@ class EngineSettings:
         }
         if self.layers is not None:
             environment[LAYERS] = ",".join(map(str, self.layers))
+        if self.probe_layers is not None:
+            environment[PROBE_LAYERS] = ",".join(map(str, self.probe_layers))
         return environment
 
     @classmethod
@@ -100,14 +109,25 @@ class EngineSettings:
         projections = _whole(PROJECTIONS, "E_PROJECTIONS", DEFAULT_PROJECTIONS)
         sites_text = os.environ.get(SITES)
         sites = SITE_NAMES if sites_text is None else tuple(filter(None, sites_text.split(",")))
-        layers_text = os.environ.get(LAYERS, "")
-        try:
-            layers = tuple(sorted({int(n) for n in layers_text.split(",") if n.strip()}))
-        except ValueError:
-            raise TrimtabError(
-                "E_LAYERS", f"{layers_text!r} is not a list of layers", field=LAYERS
-            ) from None
-        return cls(slots=slots, layers=layers or None, sites=sites, projections=projections)
+        return cls(
+            slots=slots,
+            layers=_layers(LAYERS) or None,
+            sites=sites,
+            projections=projections,
+            probe_layers=_layers(PROBE_LAYERS),
+        )
+
+
+def _layers(variable: str) -> tuple[int, ...] | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    try:
+        return tuple(sorted({int(n) for n in text.split(",") if n.strip()}))
+    except ValueError:
+        raise TrimtabError(
+            "E_LAYERS", f"{text!r} is not a list of layers", field=variable
+        ) from None
 
 
 def _whole(variable: str, code: str, default: int) -> int:

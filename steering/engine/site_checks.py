@@ -13,6 +13,7 @@ from typing import Any
 
 from directions.errors import TrimtabError
 from steering.engine.payload import PlanPayload
+from steering.readings import Reading
 
 Status = Mapping[str, Any]
 """A rank's facts, as ``steering.engine.worker.SteeringWorker.status`` gives them."""
@@ -59,6 +60,48 @@ def check_sites(payload: PlanPayload, ranks: Sequence[Status]) -> None:
         )
     if payload.gates:
         _check_stage(payload, ranks[-1])
+
+
+def check_readings(readings: Sequence[Reading], ranks: Sequence[Status]) -> None:
+    """Refuse probes that would never be read, or whose scores nobody would hear.
+
+    Args:
+        readings: what is to be activated.
+        ranks: of one engine, in vLLM's order.
+
+    Raises:
+        TrimtabError: ``E_SITE_UNHOOKED`` for a layer that the model or this server does not have,
+            ``E_PROBE_PIPELINE`` for one that runs on a pipeline stage whose output vLLM does not return.
+    """
+    last = set(ranks[-1]["hooked"].get("probes", ()))
+    everywhere = set(hooked_layers(ranks, "probes"))
+    for reading in readings:
+        if reading.layer in last:
+            continue
+        where = (
+            "the final norm"
+            if reading.layer == ranks[0]["num_layers"]
+            else f"the stream after layer {reading.layer}"
+        )
+        if reading.layer in everywhere:
+            raise TrimtabError(
+                "E_PROBE_PIPELINE",
+                f"probe {reading.key} reads {where}, which runs on a pipeline stage other than the last; "
+                "only that stage's scores come back",
+                field="--pipeline-parallel-size",
+                expected=f"probes at layer {min(last, default=ranks[0]['num_layers'])} and above",
+            )
+        reason = unavailable_sites(ranks).get("final norm") if where == "the final norm" else None
+        raise TrimtabError(
+            "E_SITE_UNHOOKED",
+            f"probe {reading.key} reads {where}, which "
+            + (
+                f"this model does not have: {reason}"
+                if reason
+                else "this server was started without"
+            ),
+            field="model" if reason else _left_out_by("probes", ranks),
+        )
 
 
 def _left_out_by(site: str, ranks: Sequence[Status]) -> str:

@@ -6,9 +6,9 @@ the final norm. A layer returns either ``(hidden_states, residual)``, whose sum 
 second part is edited, or the stream itself. vLLM's own models carry ``[T, hidden_size]``, its
 Transformers backend ``[1, T, hidden_size]``.
 
-On the stream after a layer, gates read first, then projections act, then additions. Additions are plain torch
-in traced code; everything else is behind the operators of :mod:`steering.ops.site`. Code that runs eagerly on
-a CPU asks the step what there is to do and mostly returns at once.
+On the stream after a layer, probes and gates read first, then projections act, then additions. Additions are
+plain torch in traced code; everything else is behind the operators of :mod:`steering.ops.site`. Code that
+runs eagerly on a CPU asks the step what there is to do and mostly returns at once.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class LayerSite:
         table: which of :data:`steering.engine.tables.KINDS` acts here.
         num_heads: query heads of this rank, where ``table`` is ``HEADS``.
         gates: whether gates read here.
+        probes: whether probes are read here.
     """
 
     step: Step
@@ -48,12 +49,15 @@ class LayerSite:
     table: int | None
     gates: bool = False
     num_heads: int = 0
+    probes: bool = False
 
     def stream(self, x: torch.Tensor, rest: torch.Tensor | None) -> None:
         step, layer = self.step, self.layer
         if not step.on_host:
             self._launch(x, rest)
             return
+        if self.probes and layer in step.reader.due:
+            step.reader.read_on_host(layer, x, rest)
         if self.gates and layer in step.due:
             decide_on_host(step, layer, x, rest)
         if self.table is not None and step.edited[self.table, layer]:
@@ -70,9 +74,11 @@ class LayerSite:
             )
 
     def _launch(self, x: torch.Tensor, rest: torch.Tensor | None) -> None:
-        from steering.ops import gate_triton, project_triton
+        from steering.ops import gate_triton, project_triton, read_out_triton
 
         step, tables, layer = self.step, self.step.tables, self.layer
+        if self.probes:
+            read_out_triton.launch(x, rest, layer, step.reader.tensors)
         if self.gates:
             gate_triton.launch(x, rest, layer, step.gate_tensors)
         if self.table is not None:
@@ -151,7 +157,13 @@ def _hook_residual(
 
 
 def hook_residual(
-    layer: nn.Module, number: int, step: Step, gates: bool, projections: bool
+    layer: nn.Module,
+    number: int,
+    step: Step,
+    *,
+    gates: bool,
+    projections: bool,
+    probes: bool,
 ) -> None:
     """Put reading and editing of the stream behind a decoder layer.
 
@@ -160,8 +172,9 @@ def hook_residual(
     and compiled once.
     """
     site = None
-    if gates or projections:
-        site = LayerSite(step, number, RESIDUAL if projections else None, gates)
+    if gates or projections or probes:
+        table = RESIDUAL if projections else None
+        site = LayerSite(step, number, table, gates, probes=probes)
         layer.register_buffer("trimtab_site", register_site(site), persistent=False)
     for name, tensor in (
         ("trimtab_table", step.tables.add[number]),
@@ -197,9 +210,9 @@ def hook_block(block: nn.Module, number: int, step: Step, table: int) -> None:
     _hook_output(block, LayerSite(step, number, table), step)
 
 
-def hook_final_norm(norm: nn.Module, step: Step) -> None:
-    """Let gates read the final norm's output."""
-    site = LayerSite(step, step.tables.sizes.num_layers, None, gates=True)
+def hook_final_norm(norm: nn.Module, step: Step, *, gates: bool, probes: bool) -> None:
+    """Let gates and probes read the final norm's output."""
+    site = LayerSite(step, step.tables.sizes.num_layers, None, gates=gates, probes=probes)
     _hook_output(norm, site, step)
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from steering.engine.probe_reader import ProbeReader
 from steering.engine.request_rows import Placement, RequestRows
 from steering.engine.tables import IDENTITY, KINDS, MAX_GATES, SteeringTables
 from steering.engine.transfer import to_device
@@ -75,6 +76,25 @@ class Due:
     tokens: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Edited:
+    """Tokens of one pass by kind of edit, on their way to the host.
+
+    Attributes:
+        counts: ``[kinds]``, in the order of :data:`steering.engine.tables.EDIT_KINDS`.
+        event: when they are there; ``None``: now.
+    """
+
+    counts: np.ndarray[Any, Any] | torch.Tensor
+    event: torch.cuda.Event | None
+
+    def resolve(self) -> list[int]:
+        """The counts; waits for the device."""
+        if self.event is not None:
+            self.event.synchronize()
+        return [int(count) for count in self.counts]
+
+
 class Tracker:
     """The thinking tracker's tables on host and device; see ``steering.thinking``."""
 
@@ -108,6 +128,7 @@ class Step:
     """One worker's per-token buffers.
 
     Attributes:
+        reader: what probes are to read in the pass.
         tracker: set once a plan needs it.
         edited: ``counts`` on the host; exact on a CPU, where gates recount.
         uniform: the slot and strength of all tokens, where they have one in common.
@@ -118,6 +139,7 @@ class Step:
         device, tokens = tables.device, tables.sizes.max_tokens
         self.tables = tables
         self.requests = rows
+        self.reader = ProbeReader(tables.sizes.num_layers, tables.sizes.hidden_size, tokens, device)
         self.on_host = device.type == "cpu"
         self.slots = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.strengths = torch.zeros(tokens, dtype=torch.float32, device=device)
@@ -166,6 +188,11 @@ class Step:
         )
 
     def clear(self) -> None:
+        """Make the next forward pass plain, and read nothing in it."""
+        self.reader.clear()
+        self.clear_edits()
+
+    def clear_edits(self) -> None:
         """Make the next forward pass plain."""
         if self._filled:
             for buffer in (self.slots, self.strengths, self.rows, self.decides):
@@ -181,7 +208,7 @@ class Step:
     def fill(self, placements: Sequence[Placement | None], batch: Batch) -> None:
         """Describe the next forward pass; ``None`` stands for a request that nothing edits."""
         if not any(placements):
-            self.clear()
+            self.clear_edits()
             return
         strengths = np.array(
             [p.strength if p is not None else 0.0 for p in placements], dtype=np.float32
@@ -341,6 +368,23 @@ class Step:
                 self.due.setdefault(int(layer), []).append(Due(g, chosen))
 
     # Counts.
+
+    def edited_tokens(self) -> Edited | None:
+        """How many tokens of the pass that has just been queued each kind of edit acts on; ``None``: none.
+
+        To be asked once the pass is queued, since gates change slots until its end.
+        """
+        if not self._filled:
+            return None
+        slots = self.slots[: self._filled]
+        if self.on_host:
+            per_slot = np.bincount(slots.numpy(), minlength=self.tables.sizes.num_slots)
+            return Edited(self.tables.slot_kinds @ per_slot, None)
+        counts = self.tables.slot_kinds_on_device.index_select(1, slots.long()).sum(dim=1)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        counts = counts.to("cpu", non_blocking=True)
+        event.record()
+        return Edited(counts, event)
 
     def recount(self) -> None:
         """Count again after a gate has changed slots; only for a CPU."""

@@ -27,7 +27,7 @@ import torch
 from steering.engine.payload import GatePayload, PlanPayload, RowPayload
 from steering.engine.settings import DEFAULT_PROJECTIONS
 from steering.engine.transfer import to_device
-from steering.ops.project import SITES
+from steering.ops.project import CLIP, SITES
 from steering.ops.read_out import READ_OUTS
 
 IDENTITY: Final = 0
@@ -37,6 +37,10 @@ NUM_CASES: Final = 2 + 3 * (MAX_WINDOWS + 1)
 
 KINDS: Final = ("add", "heads", *SITES)
 """The tables that a slot may have something in, per layer."""
+
+
+EDIT_KINDS: Final = ("add", "project", "rotate", "scale_heads")
+"""What is told apart where edited tokens are counted; ``project`` is ``ablate`` and ``clamp``."""
 
 
 class NoFreeSlotError(Exception):
@@ -121,6 +125,10 @@ class SteeringTables:
         # Whether a slot has anything in a table at a layer; on the host, to tell which layers a step edits.
         self.live = np.zeros((len(KINDS), layers, slots), dtype=np.int32)
         self.live_slots = torch.from_numpy(self.live)
+        self.slot_kinds = np.zeros((len(EDIT_KINDS), slots), dtype=np.int64)
+        self.slot_kinds_on_device = torch.zeros(
+            len(EDIT_KINDS), slots, dtype=torch.int64, device=device
+        )
         self._largest = torch.finfo(sizes.dtype).max
         self._plans: dict[str, PlanPayload] = {}
         self._resident: OrderedDict[str, Resident] = OrderedDict()
@@ -290,6 +298,8 @@ class SteeringTables:
                 self.used[site][:, slot] = 0
                 self.parameters[site][:, slot].zero_()
             self.live[:, :, slot] = 0
+        self.slot_kinds[:, slot] = _kinds(row)
+        self.slot_kinds_on_device[:, slot] = to_device(self.slot_kinds[:, slot], device)
         if row.layers:
             index = to_device(np.array(row.layers, dtype=np.int64), device)
             self.add[index, slot] = to_device(row.vectors, device)
@@ -326,3 +336,8 @@ class SteeringTables:
         self.gate_read_out[entry] = READ_OUTS.index(gate.read_out)
         self.gate_layer[entry] = gate.layer
         self.host_gate_layer[entry] = gate.layer
+
+
+def _kinds(row: RowPayload) -> list[bool]:
+    modes = {p.mode for p in row.projections}
+    return [bool(row.layers), CLIP in modes, bool(modes - {CLIP}), bool(row.heads)]

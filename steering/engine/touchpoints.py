@@ -95,6 +95,13 @@ TOUCHPOINTS = (
     Touchpoint(
         "vllm.v1.engine.output_processor", "OutputProcessor._finish_request", ("self", "req_state")
     ),
+    Touchpoint(
+        "vllm.v1.engine.output_processor",
+        "RequestState._new_completion_output",
+        ("self", "token_ids", "finish_reason", "stop_reason"),
+    ),
+    Touchpoint("vllm.v1.engine.output_processor", "RequestOutputCollector.get", ("self",)),
+    Touchpoint("vllm.v1.engine.output_processor", "RequestOutputCollector.get_nowait", ("self",)),
     Touchpoint("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",)),
     Touchpoint(
         "vllm.v1.worker.gpu_model_runner",

@@ -26,6 +26,7 @@ from steering.engine.discovery import (
     find_final_norm,
 )
 from steering.engine.payload import PlanPayload
+from steering.engine.probe_reader import ReadingPayload
 from steering.engine.request_rows import RequestRows
 from steering.engine.runner import RunnerAdapter, WorkerRequests
 from steering.engine.runner_v1 import RunnerV1Adapter
@@ -88,7 +89,7 @@ class SteeringWorker:
         wanted = set(settings.sites)
         attentions = self._find(("heads",), wanted, layers, find_attention)
         blocks = self._find(("attention", "mlp"), wanted, layers, find_blocks)
-        norm = self._find_norm(model, every) if "gates" in wanted else None
+        norm = self._find_norm(model, every) if wanted & {"gates", "probes"} else None
         num_heads = max((heads for _, heads, _ in attentions.values()), default=0)
         self.tables = SteeringTables(
             Sizes(
@@ -114,7 +115,7 @@ class SteeringWorker:
         replying = parallel.world_size - parallel.tensor_parallel_size
         self.requests = WorkerRequests(self.step, heard=worker.rank == replying)
         self.tensor_parallel = parallel.tensor_parallel_size
-        self._hook(layers, attentions, blocks, norm, wanted)
+        self._hook(layers, attentions, blocks, norm, settings)
         v2 = RunnerV2Adapter.fits(runner)
         adapter: RunnerAdapter = RunnerV2Adapter() if v2 else RunnerV1Adapter()
         adapter.attach(runner, self.requests)
@@ -157,10 +158,14 @@ class SteeringWorker:
         attentions: dict[int, Any],
         blocks: dict[int, Any],
         norm: Any,
-        wanted: set[str],
+        settings: EngineSettings,
     ) -> None:
+        wanted = set(settings.sites)
         gates, projections = "gates" in wanted, "residual" in wanted
         numbers = [n for n, _ in layers]
+        read = [*numbers, self.num_layers] if "probes" in wanted else []
+        if settings.probe_layers is not None:
+            read = [n for n in read if n in settings.probe_layers]
         for n, (attention, heads, _) in attentions.items():
             hook_heads(attention, n, self.step, heads)
             self.hooked.setdefault("heads", []).append(n)
@@ -170,14 +175,18 @@ class SteeringWorker:
                     hook_block(block, n, self.step, KINDS.index(site))
                     self.hooked.setdefault(site, []).append(n)
         for n, layer in layers:
-            hook_residual(layer, n, self.step, gates, projections)
+            hook_residual(
+                layer, n, self.step, gates=gates, projections=projections, probes=n in read
+            )
         if projections:
             self.hooked["residual"] = numbers
         if gates:
-            self.hooked["gates"] = list(numbers)
-            if norm is not None:
-                hook_final_norm(norm, self.step)
-                self.hooked["gates"].append(self.num_layers)
+            self.hooked["gates"] = numbers + [self.num_layers] * (norm is not None)
+        if read:
+            self.hooked["probes"] = [n for n in read if n < self.num_layers or norm is not None]
+        probes = self.num_layers in read
+        if norm is not None and (gates or probes):
+            hook_final_norm(norm, self.step, gates=gates, probes=probes)
 
     def check(self, plan: PlanPayload) -> None:
         """Refuse a plan that this rank could place but not carry out.
@@ -205,6 +214,7 @@ class SteeringWorker:
             "pinned_slots": self.tables.pinned,
             "evictions": self.tables.evictions,
             "plans": sorted(self.tables.plans),
+            "readings": list(self.step.reader.ids),
         }
 
 
@@ -247,6 +257,14 @@ def trimtab_track(wrapper: Any, tracker: dict[str, Any]) -> dict[str, Any]:
     return steering.status()
 
 
+def trimtab_read(wrapper: Any, readings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Let requests ask for readings on this rank; raises for one that is not possible."""
+    steering = _steering(wrapper)
+    for reading in readings:
+        steering.step.reader.activate(ReadingPayload.from_wire(reading))
+    return steering.status()
+
+
 def trimtab_activate(wrapper: Any, plans: list[dict[str, Any]]) -> dict[str, Any]:
     """Make plans placeable on this rank; raises for one that is not, which fails the whole call."""
     steering = _steering(wrapper)
@@ -269,4 +287,4 @@ def trimtab_status(wrapper: Any) -> dict[str, Any]:
     return _steering(wrapper).status()
 
 
-RPC_METHODS = (trimtab_track, trimtab_activate, trimtab_deactivate, trimtab_status)
+RPC_METHODS = (trimtab_track, trimtab_read, trimtab_activate, trimtab_deactivate, trimtab_status)

@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from steering.ops.read_out import COMPUTED_BEFORE, COSINE
+from steering.ops.read_out import COMPUTED_BEFORE
+from steering.ops.read_out_triton import score_of
 
 # A kernel sees globals only if they are marked as constants.
-_COSINE = tl.constexpr(COSINE)
 _COMPUTED_BEFORE = tl.constexpr(COMPUTED_BEFORE)
 
 
@@ -79,22 +79,6 @@ class GateTensors:
     layer_counts: torch.Tensor
 
 
-@triton.jit
-def hyperbolic_tangent(z):  # type: ignore[no-untyped-def]
-    """``tanh(z)`` in float32, within 4e-7 of its value; Triton has none of its own.
-
-    Near 0, where the quotient of exponentials cancels, a minimax polynomial takes over: what a probe leaves
-    of an activation is mostly small.
-    """
-    magnitude = tl.abs(z)
-    u = z * z
-    tail = 0.1333195824 + u * (-0.0537866832 + u * (0.0208053832 - u * 0.0059058667))
-    near = z + z * u * (-0.3333329927 + u * tail)
-    far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * magnitude))
-    far = tl.where(z < 0.0, -far, far)
-    return tl.where(magnitude < 0.6, near, far)
-
-
 # Compiled once for all layers: a number that is 1 or divisible by 16 would be special otherwise.
 @triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
 def _decide(  # type: ignore[no-untyped-def]
@@ -149,16 +133,13 @@ def _decide(  # type: ignore[no-untyped-def]
             if HAS_REST:
                 rest = tl.load(rest_ptr + token * rest_stride + columns, mask=inside, other=0.0)
                 h += rest.to(tl.float32)
-            weight = tl.load(weight_ptr + entry * hidden + columns, mask=inside, other=0.0)
-            along = tl.sum(h * weight, axis=0)
-            score = 1.0 / (1.0 + tl.exp(-(along + tl.load(bias_ptr + entry))))
-            if tl.load(read_out_ptr + entry) == _COSINE:
-                # The least positive normal number stands in for a weight of 0.
-                square = tl.maximum(tl.sum(weight * weight, axis=0), 1.1754943508222875e-38)
-                part = hyperbolic_tangent(tl.div_rn(along, square) * weight)
-                norms = tl.sqrt_rn(tl.sum(h * h, axis=0)) * tl.sqrt_rn(tl.sum(part * part, axis=0))
-                inner = tl.sum(h * part, axis=0)
-                score = tl.where(norms > 0.0, inner / tl.where(norms > 0.0, norms, 1.0), 0.0)
+            score = score_of(
+                h,
+                weight_ptr + entry * hidden + columns,
+                inside,
+                bias_ptr + entry,
+                read_out_ptr + entry,
+            )
             low = tl.load(bounds_ptr + 2 * entry)
             high = tl.load(bounds_ptr + 2 * entry + 1)
             opens = ((score > low) & (score < high)).to(tl.int32)

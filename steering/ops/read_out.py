@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -44,4 +45,29 @@ def read_out(
         norms = h.norm(dim=-1) * part.norm(dim=-1)
         cosine = torch.where(norms > 0, (h * part).sum(-1) / norms, 0.0)
         scores = torch.where(kinds == COSINE, cosine, scores)
+    return scores
+
+
+def read_out_all(
+    h: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor, kinds: Sequence[int]
+) -> torch.Tensor:
+    """Every score of every row.
+
+    Args:
+        h: ``[n, hidden_size] float32``.
+        weights: ``[P, hidden_size] float32``.
+        bias: ``[P] float32``.
+        kinds: ``P`` of ``AFFINE`` or ``COSINE``.
+
+    Returns:
+        ``[P, n] float32``.
+    """
+    along = weights @ h.T
+    scores = torch.sigmoid(along + bias[:, None])
+    for p in [p for p, kind in enumerate(kinds) if kind == COSINE]:
+        w = weights[p]
+        share = along[p] / (w @ w).clamp_min(torch.finfo(torch.float32).tiny)
+        part = torch.tanh(share[:, None] * w)
+        norms = h.norm(dim=-1) * part.norm(dim=-1)
+        scores[p] = torch.where(norms > 0, (h * part).sum(-1) / norms, 0.0)
     return scores

@@ -74,7 +74,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         (policies / f"{name}.yaml").write_text(POLICY.format(name=name, scope=scope, gates=gates))
     tools = ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]
     # A random model likes the blanks that a grammar leaves it, and does not come to an end.
-    tools.append('--structured-outputs-config={"disable_any_whitespace": true}')
+    tools.append(
+        '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}'
+    )
     arguments = [f"--policies={policies}", "--think-start=t", "--think-end=e", *tools]
     with serve(checkpoint, home, arguments, log=folder / "log") as server:
         yield server

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from server.selection import (
     select,
     steering_field,
 )
+from steering.readings import Reading
 from tests.server.conftest import make_entry
 
 POLICY = b"x-trimtab-policy"
@@ -150,7 +153,7 @@ def test_the_steering_object_gives_policy_and_strength() -> None:
         ({"strength": 10**400}, "E_STRENGTH_FINITE"),
         ({"trace": 1}, "E_STEERING_FIELD"),
         ({"trace": None}, "E_STEERING_FIELD"),
-        ({"trace": True}, "E_TRACE_UNSUPPORTED"),
+        ({"trace": "some"}, "E_STEERING_FIELD"),
     ],
 )
 def test_anything_else_in_the_steering_object_is_refused(value: object, code: str) -> None:
@@ -264,3 +267,41 @@ def test_a_policy_without_edits_has_nothing_to_apply() -> None:
     exchange = select(only, [Choice("x", "empty")]).exchange()
     assert exchange.plan is None
     assert exchange.applied() == (False, "no_edits")
+
+
+# -- probes ----------------------------------------------------------------------------------------
+
+
+def reading(name: str, output: int = 0) -> Reading:
+    return Reading(f"{name}@1", name, name * 8, output, 3, "affine")
+
+
+def test_a_request_is_read_by_the_server_s_probes_and_those_of_its_policy() -> None:
+    everyone, mine = reading("mood"), reading("harm")
+    entries = [
+        replace(make_entry("guard"), probes=(mine, everyone)),
+        replace(make_entry("watch", mode="shadow"), probes=(mine,)),
+        replace(make_entry("still", mode="off"), probes=(mine,)),
+    ]
+    catalogue = Catalogue.of(entries, probes=(everyone,))
+    assert catalogue.readings == (everyone, mine)
+
+    def read(name: str) -> tuple[Reading, ...]:
+        exchange = select(catalogue, [Choice("the header", name)], trace=True).exchange()
+        assert exchange.trace is True
+        return exchange.readings
+
+    assert read("off") == read("still") == (everyone,)
+    assert read("guard") == read("watch") == (everyone, mine)
+    assert select(catalogue, [None]).exchange().trace is False
+    assert Catalogue.from_json(json.loads(json.dumps(catalogue.to_json()))) == catalogue
+
+
+@pytest.mark.parametrize("trace", [True, "all"])
+def test_a_trace_of_what_no_probe_reads_is_refused(catalogue: Catalogue, trace: Any) -> None:
+    for name in ("off", "guard"):
+        error = refusal(select, catalogue, [Choice("the header", name)], None, trace)
+        assert (error.code, error.field) == ("E_TRACE_UNSUPPORTED", "$.steering.trace")
+        assert name in error.message
+    for value in (False, True, "all"):
+        assert steering_field({"trace": value}).trace == value

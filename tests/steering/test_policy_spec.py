@@ -116,7 +116,10 @@ def test_a_policy_cannot_be_changed() -> None:
         (changed(("modes",), "off"), "$.modes", "E_POLICY_KEY"),
         (changed(("on_failure",), "open"), "$.on_failure", "E_POLICY_KEY"),
         (changed(("gates",), []), "$.gates", "E_POLICY_TYPE"),
-        (changed(("probes",), []), "$.probes", "E_POLICY_KEY"),
+        (changed(("probes",), "refusal@1"), "$.probes", "E_POLICY_TYPE"),
+        (changed(("probes",), ["refusal"]), "$.probes[0]", "E_POLICY_REFERENCE"),
+        (changed(("probes",), ["a@1", "a@1"]), "$.probes", "E_POLICY_PROBES"),
+        (changed(("probes",), [f"a@{n}" for n in range(1, 18)]), "$.probes", "E_POLICY_SIZE"),
         (changed(("od\nd",), 1), '$["od\\nd"]', "E_POLICY_KEY"),
         (changed(("edits", "calm", "erase"), {}), "$.edits.calm.erase", "E_POLICY_KEY"),
         (changed(("edits", "calm", "scaleHeads"), {}), "$.edits.calm.scaleHeads", "E_POLICY_KEY"),
@@ -674,6 +677,19 @@ def test_identities_do_not_change_between_releases() -> None:
         b'"name":"guard","onFailure":"closed","strengthRange":[0,1],"version":1}'
     )
     assert policy.identity == "2110811e97334ea2d66ccae34742eb4e33f26c5a723f9681abc9ce89171baac0"
+
+
+def test_probes_are_a_set_and_none_do_not_show_in_the_canonical_form() -> None:
+    read = [
+        parse_policy(changed(("probes",), probes)) for probes in (["b@2", "a@1"], ["a@1", "b@2"])
+    ]
+    assert read[0].probes == ("a@1", "b@2")
+    assert read[0].identity == read[1].identity
+    plain = parse_policy(changed(("probes",), []))
+    assert b"probes" not in plain.canonical
+    assert plain.identity != read[0].identity
+    named = [(a.kind, a.reference) for a in read[0].artefacts]
+    assert named[-2:] == [("probe", "a@1"), ("probe", "b@2")]
 
 
 def test_keys_that_are_left_out_do_not_show_in_the_canonical_form() -> None:

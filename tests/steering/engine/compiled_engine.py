@@ -94,6 +94,7 @@ def main(model: str, mode: str, store: str) -> None:
                             a.token_ids,
                             a.logprobs,
                             [asdict(gate) for gate in a.gates],
+                            a.scores,
                         ]
                         for a in answers
                     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The tiny random model with its reference, directions and the standard policies."""
+def built_tiny_world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+    """What :func:`tiny_world` gives each module its own policies of."""
     from tests.steering.engine.harness import build_world, every_kind, standard_policies
 
     world = build_world(tiny_checkpoint, tmp_path_factory.mktemp("tiny-store"), ("t", "e"))
     standard_policies(world)
     every_kind(world)
     return world
+
+
+@pytest.fixture(scope="module")
+def tiny_world(built_tiny_world):
+    """The tiny random model with its reference, directions and the standard policies.
+
+    What a module adds to the policies stays there: another's engine may have no slots for them.
+    """
+    world = built_tiny_world
+    return replace(world, plans=dict(world.plans), policies=dict(world.policies))
 
 
 @pytest.fixture(scope="session")

@@ -234,18 +234,24 @@ class Parity:
         worst: largest difference of steered answers.
         effect: smallest over policies and strengths of how much the first answer was moved at any token.
         by_case: largest difference by policy and strength.
+        scores: largest difference of a probe's score.
+        scores_spread: how far apart the scores of a probe are at most; what never changes shows nothing.
+        scores_read: how many there were.
     """
 
     floor: float
     worst: float
     effect: float
     by_case: dict[str, float]
+    scores: float = 0.0
+    scores_spread: float = 0.0
+    scores_read: int = 0
 
 
 def compare(world: World, answers: Sequence[Answer]) -> Parity:
     """Hold every answer against the reference; greedy ones must be the reference's choice too."""
     by_case: dict[str, float] = {}
-    floor = worst = 0.0
+    floor = worst = scores = spread = 0.0
     effect = float("inf")
     for answer in answers:
         request = answer.request
@@ -262,7 +268,11 @@ def compare(world: World, answers: Sequence[Answer]) -> Parity:
             if found.effect is not None and not world.policies[request.policy].gates:
                 effect = min(effect, found.effect)
         by_case[case] = max(by_case.get(case, 0.0), found.difference)
-    return Parity(floor, worst, effect, by_case)
+        assert not found.score_faults, (request, found.score_faults)
+        for difference, apart in found.scores.values():
+            scores, spread = max(scores, difference), max(spread, apart)
+    read = sum(len(trace) for answer in answers for trace in answer.scores.values())
+    return Parity(floor, worst, effect, by_case, scores, spread, read)
 
 
 def assert_parity(world: World, answers: Sequence[Answer], label: str) -> Parity:
@@ -276,10 +286,14 @@ def assert_parity(world: World, answers: Sequence[Answer], label: str) -> Parity
     tokens = sum(len(a.token_ids) for a in answers)
     print(
         f"\n[parity {label}] {tokens} tokens, floor {parity.floor:.2e}, steered {parity.worst:.2e}, "
-        f"smallest effect {parity.effect:.2g} nats; {lines}"
+        f"smallest effect {parity.effect:.2g} nats, {parity.scores_read} scores {parity.scores:.2e} "
+        f"(spread {parity.scores_spread:.2g}); {lines}"
     )
     assert parity.effect > 100 * TOLERANCE, "a policy of this batch does nothing measurable"
     assert parity.floor <= TOLERANCE
     assert parity.worst <= TOLERANCE
     assert parity.worst <= 2 * max(parity.floor, LEAST_FLOOR)
+    assert parity.scores <= TOLERANCE
+    if parity.scores_read:
+        assert parity.scores_spread > 100 * TOLERANCE, "the probes say the same of everything"
     return parity

@@ -69,8 +69,9 @@ class Starts:
                 None,
                 0,
                 tuple(GateReport(**gate) for gate in gates),
+                scores,
             )
-            for prompt, policy, strength, ids, lp, gates in result["answers"]
+            for prompt, policy, strength, ids, lp, gates, scores in result["answers"]
         ]
         return result, answers
 
@@ -97,7 +98,8 @@ def test_the_compile_cache_tells_plain_and_steered_code_apart(starts: Starts) ->
     steered, answers = starts.start("steered")
     assert steered["key"] != plain["key"]
     assert steered["loaded"] == 0
-    assert_parity(starts.world, answers, "compiled, cold cache")
+    parity = assert_parity(starts.world, answers, "compiled, cold cache")
+    assert parity.scores_read > 1000
     # Slot 0 and strength 0 are plain vLLM to the bit, in compiled code too.
     for answer in (answers[0], answers[-1]):
         assert answer.logprobs == plain_answers[0].logprobs
@@ -105,7 +107,8 @@ def test_the_compile_cache_tells_plain_and_steered_code_apart(starts: Starts) ->
     again, answers = starts.start("steered")
     assert again["key"] == steered["key"]
     assert again["loaded"] > 0
-    assert_parity(starts.world, answers, "compiled, loaded from the cache")
+    parity = assert_parity(starts.world, answers, "compiled, loaded from the cache")
+    assert parity.scores_read > 1000
 
 
 @pytest.fixture

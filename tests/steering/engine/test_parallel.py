@@ -15,9 +15,15 @@ from typing import Any
 import pytest
 
 from directions.errors import TrimtabError
-from steering.engine.control import activate, activate_local, rank_status
+from steering.engine.control import (
+    activate,
+    activate_local,
+    activate_readings,
+    rank_status,
+)
 from steering.engine.exchange import current_exchange
 from steering.engine.proof import prove
+from steering.readings import Reading
 from tests.steering.engine.harness import (
     TOLERANCE,
     Answer,
@@ -63,6 +69,11 @@ class Mode:
         return POLICIES if "pipeline_parallel_size" in self.options else ALL_POLICIES
 
     @property
+    def readable(self) -> tuple[int, ...]:
+        """Where probes can be read: the last stage's layers, and the final norm, counted as one more."""
+        return (*self.layers[0][-1], len(ALL))
+
+    @property
     def places(self) -> list[tuple[int, int]]:
         """Engine and rank of each worker."""
         return [(n, rank) for n, ranks in enumerate(self.layers) for rank in range(len(ranks))]
@@ -96,6 +107,9 @@ class Parallel:
         plans = [self.world.plans[name] for name in names]
         self.wait(activate(self.client, plans, self.world.store))
 
+    def read(self, readings: Sequence[Reading]) -> None:
+        self.wait(activate_readings(self.client, readings, self.world.store, self.world.thinking))
+
     def on_ranks(self, function: Any, *args: Any) -> None:
         self.wait(self.client.collective_rpc(function, args=args))
 
@@ -105,7 +119,7 @@ class Parallel:
         from vllm.inputs.engine import tokens_input
 
         async def ask(request: Request) -> Answer:
-            exchange = exchange_for(self.world, request)
+            exchange = exchange_for(self.world, request, self.frontend)
             # In a task of its own, so the context is too.
             current_exchange.set(exchange)
             answers = self.client.generate(
@@ -161,6 +175,7 @@ def parallel(request: pytest.FixtureRequest, world: World) -> Iterator[Parallel]
 
     running = Parallel(mode, world, loop.run_until_complete(start()), loop)
     running.activate(*(name for name in mode.policies if name is not None))
+    running.read([reading for reading in world.readings if reading.layer in mode.readable])
     yield running
     running.client.shutdown()
     running.wait(end_tasks())
@@ -197,7 +212,9 @@ def test_answers_are_those_of_one_process_and_of_the_reference(
         requests = batch(parallel.world, parallel.mode.policies)
         answers = parallel.run(requests, number if len(engines) > 1 else None)
         label = f"{mode} parallel, engine {number}"
-        assert_parity(parallel.world, answers, label)
+        parity = assert_parity(parallel.world, answers, label)
+        assert parity.scores_read > 32 * len(answers)
+        assert all(answer.scores for answer in answers)
         alone = [answer for answer in alone if answer.request in requests]
         assert [a.token_ids for a in answers] == [a.token_ids for a in alone]
         assert any(gate.fired for a in answers for gate in a.gates)
@@ -218,6 +235,12 @@ def test_what_one_rank_or_stage_cannot_know_is_refused(parallel: Parallel) -> No
     if parallel.mode is MODES["data"]:
         parallel.activate("rows")
         return
+    if parallel.mode is MODES["pipeline"]:
+        early = [reading for reading in parallel.world.readings if reading.layer == 0]
+        with pytest.raises(TrimtabError, match="pipeline stage other than the last") as caught:
+            parallel.read(early)
+        assert caught.value.code == "E_PROBE_PIPELINE"
+        assert {reading.id for reading in early}.isdisjoint(parallel.frontend.readings)
     name, code, words = refused[parallel.mode.layers]
     with pytest.raises(TrimtabError, match=words) as caught:
         parallel.activate(name)

@@ -75,6 +75,9 @@ def test_it_agrees_with_the_reference(served) -> None:
     assert served["effect"] > 100 * TOLERANCE
     assert served["floor"] <= TOLERANCE
     assert served["worst"] <= min(TOLERANCE, 2 * max(served["floor"], LEAST_FLOOR))
+    assert served["scores_read"] > 1000
+    assert served["scores"] <= TOLERANCE
+    assert served["scores_spread"] > 100 * TOLERANCE
 
 
 def test_a_request_leaves_when_it_is_finished_and_not_when_it_is_preempted(served) -> None:

@@ -72,6 +72,7 @@ def main() -> None:
                 "scale_heads": test_scale_heads.check_kernel("cpu"),
                 "gate": test_gate.check_kernel("cpu"),
                 "tanh": test_read_out.check_hyperbolic_tangent("cpu"),
+                "reading": test_read_out.check_reading("cpu"),
             }
         )
     )

@@ -10,7 +10,17 @@ import pytest
 triton = pytest.importorskip("triton")
 
 # The types of the arguments that are not int32.
-FLOATS = ("table", "strengths", "basis", "parameters", "deviations", "weight", "bias", "bounds")
+FLOATS = (
+    "table",
+    "strengths",
+    "basis",
+    "parameters",
+    "deviations",
+    "weight",
+    "bias",
+    "bounds",
+    "scores",
+)
 TYPES = {
     **{f"{name}_ptr": "*fp32" for name in (*FLOATS, "score")},
     **{f"{name}_ptr": "*i1" for name in ("renormalise", "latched", "is_open")},
@@ -28,6 +38,7 @@ ACTIVATIONS = ("x_ptr", "rest_ptr", "out_ptr")
         ("project", "_project", {"HAS_REST": True, "BLOCK": 4096}),
         ("scale_heads", "_scale_heads", {"HEADS": 16, "WIDTH": 128}),
         ("gate", "_decide", {"HAS_REST": True, "GATES": 3, "CASES": 14, "BLOCK": 4096}),
+        ("read_out", "_read", {"HAS_REST": True, "READINGS": 16, "BLOCK": 4096}),
     ],
 )
 def test_it_compiles_for_the_oldest_gpus(
