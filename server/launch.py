@@ -163,6 +163,7 @@ def prepare(
 
     # Quick, and most often what is wrong; importing vLLM takes seconds.
     policies = load_policies(options.policies) if options.policies is not None else {}
+    _check_there(options.probes)
     default = options.default_policy or OFF
     if default != OFF and default not in policies:
         raise TrimtabError(
@@ -216,6 +217,20 @@ def prepare(
         engine = replace(engine, sites=needed_sites(plans.values(), readings))
     _refuse_left_out(plans, readings, engine)
     return Prepared(args, catalogue, _url(args), engine, thinking, unchecked)
+
+
+def _check_there(probes: Iterable[str]) -> None:
+    """Refuse probes that the store does not have, before anything slow begins."""
+    from directions.store import Store
+
+    for reference in probes:
+        try:
+            Store().load_probe(reference)
+        except TrimtabError as error:
+            message = f"{reference}: {error.message}"
+            raise TrimtabError(
+                error.code, message, field="--probe", expected=error.expected
+            ) from error
 
 
 def needed_sites(plans: Iterable[Plan], readings: Collection[Reading] = ()) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import directions, models, policy, serve, verify
+from server.cli import directions, models, policy, serve, trace, verify, watch
 
 app = typer.Typer(
     name="trimtab",
@@ -30,6 +30,8 @@ app.add_typer(directions.app, name="directions")
 app.add_typer(models.app, name="models")
 app.add_typer(policy.app, name="policy")
 app.command("verify", help=verify.HELP)(verify.verify)
+app.command("watch", help=watch.HELP)(watch.watch)
+app.command("trace", help=trace.HELP)(trace.trace)
 
 
 @app.command()

@@ -36,6 +36,8 @@ LAYERS = 8
 SLOTS = 5
 # Kinds of edit and a gate, each in few slots.
 SERVED = ("one", "every", "every-phase", "several", "generation", "split", "heads", "late-gate")
+# At the final norm, which every last pipeline stage has.
+PROBE = "top@1"
 TRACED = json.dumps({"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"})
 
 
@@ -60,7 +62,12 @@ def start(world: World, name: str, *arguments: str) -> Iterator[Served]:
     with serve(
         world.path,
         home,
-        [f"--policies={home / 'policies'}", "--relative-ceiling=10", *arguments],
+        [
+            f"--policies={home / 'policies'}",
+            "--relative-ceiling=10",
+            f"--probe={PROBE}",
+            *arguments,
+        ],
         log=home / f"{name}.log",
         # For the route that asks the workers.
         env={"VLLM_SERVER_DEV_MODE": "1"},
@@ -145,6 +152,7 @@ def body(request: Request) -> dict[str, Any]:
         "ignore_eos": True,
         "logprobs": 1,
         "return_token_ids": True,
+        "steering": {"trace": True},
     }
 
 
@@ -163,6 +171,7 @@ def ask(post: Callable[..., httpx.Response], request: Request, **headers: str) -
         tuple(
             GateReport(name, **gate) for name, gate in choice["steering"].get("gates", {}).items()
         ),
+        {key: told["trace"] for key, told in choice["steering"]["probes"].items()},
     )
 
 
@@ -203,7 +212,8 @@ def test_ranks_of_stages_and_slices_agree_with_the_reference(world: World) -> No
     assert [worker["hooked"]["add"] for worker in found] == [first, first, second, second]
     for worker in found:
         assert {world.plans[name].id for name in SERVED} <= set(worker["plans"])
-    assert_parity(world, answers, "served, 2 stages of 2 ranks")
+    parity = assert_parity(world, answers, "served, 2 stages of 2 ranks")
+    assert parity.scores_read == 2 * 32 * len(answers)
 
 
 def test_every_engine_behind_every_process_agrees_with_the_reference(
@@ -219,7 +229,21 @@ def test_every_engine_behind_every_process_agrees_with_the_reference(
                 ]
                 met[process, number] = answers
     first = met[processes[0], 0]
-    assert_parity(world, first, "served, 2 engines, 2 processes")
+    parity = assert_parity(world, first, "served, 2 engines, 2 processes")
+    assert parity.scores_read == 2 * 32 * len(first)
+    # What every process observed of every engine adds up, whichever of them is asked.
+    counted = {
+        (engine, output): sum(
+            value
+            for sample, value in engines.metrics().items()
+            if sample.startswith("trimtab_probe_tokens_total{")
+            and f'engine="{engine}"' in sample
+            and f'probe="top/{output}"' in sample
+        )
+        for engine in (0, 1)
+        for output in ("first", "second")
+    }
+    assert set(counted.values()) == {31.0 * 2 * len(first)}
     assert len(met) == 4
     for answers in met.values():
         assert [a.token_ids for a in answers] == [a.token_ids for a in first]

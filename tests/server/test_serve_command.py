@@ -11,8 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from directions.card import ProbeDraft
+from directions.fingerprint import fingerprint
+from directions.store import Store
 from tests.server.served import TRIMTAB, environment, free_port, put_random_direction, write_policy
 
 
@@ -39,6 +43,7 @@ def test_help_answers_at_once_and_imports_neither_torch_nor_vllm(tmp_path: Path)
     for flag in (
         "--policies",
         "--default-policy",
+        "--probe",
         "--slots",
         "--allow-unchecked-vllm",
         "--steering-sites",
@@ -235,3 +240,68 @@ def test_speculative_decoding_is_refused_with_its_code(
     assert "E_ENGINE_MODE" in last_line(done), done.stderr[-2000:]
     assert "--speculative-config cannot be combined with steering" in last_line(done)
     assert "Application startup complete" not in done.stdout + done.stderr
+
+
+def probe_of(home: Path, checkpoint: Path, **changes: object) -> None:
+    model = fingerprint(checkpoint).model_copy(update=changes)
+    draft = ProbeDraft(
+        method="random",
+        model=model,
+        dtype="float32",
+        created="2026-01-01T00:00:00Z",
+        site="final_norm",
+        read_out="affine",
+        outputs=("only",),
+    )
+    Store(home).put_probe(draft, np.ones((1, model.hidden_size)), [0.0], name="mood")
+
+
+def test_a_probe_that_is_not_there_or_no_probe_is_refused_before_vllm_is_loaded(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    put_random_direction(tmp_path, tiny_checkpoint)
+    for reference, code in (
+        ("mood@1", "E_ARTEFACT_UNKNOWN"),
+        ("north@1", "E_ARTEFACT_KIND"),
+        ("no such name", "E_ARTEFACT_REFERENCE"),
+    ):
+        started = time.monotonic()
+        done = run(tmp_path, "serve", str(tiny_checkpoint), "--probe", reference)
+        assert time.monotonic() - started < 20
+        assert done.returncode == 2
+        assert f"{code} at --probe" in done.stderr, done.stderr
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("change", "arguments", "said"),
+    [
+        ({"hidden_size": 72}, [], "E_PROBE_MODEL at --probe: mood@1 was made on another model"),
+        ({"tokenizer_sha256": "0" * 64}, [], "E_PROBE_MODEL at --probe"),
+        ({}, ["--steering-sites=heads"], "E_SITES at --steering-sites"),
+    ],
+)
+def test_a_probe_that_does_not_fit_is_refused_with_what_does_not(
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    change: dict[str, object],
+    arguments: list[str],
+    said: str,
+) -> None:
+    probe_of(tmp_path, tiny_checkpoint, **change)
+    done = run(tmp_path, "serve", str(tiny_checkpoint), "--probe=mood@1", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr, done.stderr
+
+
+def test_weights_that_are_not_finite_are_no_probe(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    probe_of(tmp_path, tiny_checkpoint)
+    (tensors,) = (tmp_path / "artefacts").glob("*/tensors.safetensors")
+    data = bytearray(tensors.read_bytes())
+    data[-4:] = np.array([np.nan], dtype="<f4").tobytes()
+    tensors.chmod(0o644)
+    tensors.write_bytes(data)
+    done = run(tmp_path, "serve", str(tiny_checkpoint), "--probe=mood@1")
+    assert done.returncode == 2
+    assert "at --probe" in done.stderr
+    assert "E_ARTEFACT_" in done.stderr
