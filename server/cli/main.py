@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import directions, models, policy, serve, trace, verify, watch
+from server.cli import directions, models, policy, probe, serve, trace, verify, watch
 
 app = typer.Typer(
     name="trimtab",
@@ -29,6 +29,7 @@ app.command(
 app.add_typer(directions.app, name="directions")
 app.add_typer(models.app, name="models")
 app.add_typer(policy.app, name="policy")
+app.add_typer(probe.app, name="probe")
 app.command("verify", help=verify.HELP)(verify.verify)
 app.command("watch", help=watch.HELP)(watch.watch)
 app.command("trace", help=trace.HELP)(trace.trace)

@@ -52,6 +52,7 @@ def compile_factors(settings: EngineSettings) -> dict[str, Any]:
         "operators": operators_digest(),
         "layers": "all" if settings.layers is None else list(settings.layers),
         "sites": sorted(settings.sites),
+        "probes": "all" if settings.probe_layers is None else list(settings.probe_layers),
         "slots": settings.slots,
     }
 

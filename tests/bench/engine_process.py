@@ -20,6 +20,7 @@ CASES = (
     "all layers",
     "all layers, a policy each",
     "all layers, 8 heads, 2 probes",
+    "2 probes read",
 )
 
 
@@ -95,6 +96,19 @@ def plans_for(model: Path, store_root: Path, concurrency: int) -> dict[str, list
     }
 
 
+def readings_for(model: Path, store_root: Path) -> Any:
+    """What is read of every request where probes are read: two outputs."""
+    from directions.fingerprint import fingerprint
+    from directions.store import Store
+    from steering.readings import compile_readings
+
+    found = compile_readings(
+        ["bench-probe@1"], Store(store_root), fingerprint(model, weights=False)
+    )
+    assert len(found) == 2
+    return found
+
+
 def main(model: str, store: str, eager: str, max_concurrency: str) -> None:
     """Start the engine and serve commands until standard input ends."""
     import psutil
@@ -115,11 +129,14 @@ def main(model: str, store: str, eager: str, max_concurrency: str) -> None:
     plans: dict[str, list[Any]] = {}
     if steered:
         from directions.store import Store
-        from steering.engine.control import activate_local
+        from steering.engine.control import activate_local, activate_readings_local
+        from steering.engine.exchange import Exchange, current_exchange
 
         plans = plans_for(Path(model), Path(store), int(max_concurrency))
         every = {p.id: p for case in plans.values() for p in case}
         activate_local(llm, every.values(), Store(Path(store)))
+        readings = readings_for(Path(model), Path(store))
+        activate_readings_local(llm, readings, Store(Path(store)))
 
     def run(case: str, concurrency: int, tokens: int) -> float:
         prompts = [{"prompt_token_ids": list(range(100 + n, 132 + n))} for n in range(concurrency)]
@@ -138,10 +155,20 @@ def main(model: str, store: str, eager: str, max_concurrency: str) -> None:
         # The process's own time: the engine is one thread here and never waits, so on a machine of
         # its own this is the time on the clock, and on a shared one it is less disturbed.
         began = time.process_time()
+        token = None
+        if case == "2 probes read":
+            exchange = Exchange("off", "off", "closed", 1.0, None, readings=readings, trace=True)
+            token = current_exchange.set(exchange)
         llm.generate(prompts, params, use_tqdm=False)
+        if token is not None:
+            current_exchange.reset(token)
+            logs = exchange.scores.values()
+            assert sum(len(log.trace(n)) for log in logs for n in (0, 1)) == (
+                2 * concurrency * tokens
+            )
         return time.process_time() - began
 
-    for case in ("idle", *plans):
+    for case in CASES if steered else ("idle",):
         run(case, int(max_concurrency), 4)
     memory = psutil.Process().memory_info().rss
     print("READY " + json.dumps({"start": started, "memory": memory}), flush=True)

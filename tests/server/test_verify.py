@@ -99,6 +99,8 @@ def test_every_edit_at_every_site_passes_on_the_tiny_model(tiny_checkpoint: Path
         "heads": 2,
         "gate": 4,
         "all": 1,
+        # Four probes of two outputs.
+        "probe": 8,
     }
     # Four plain answers, two of each policy, and gates have a policy either side of the threshold.
     assert document["tokens"] == 24 * (4 + 2 * (10 + 2 * 4))
@@ -131,7 +133,10 @@ def test_an_edit_that_is_a_hundredth_too_strong_fails_where_it_acts(
     scaled = [line for line in lines if "heads" in line or "several edits" in line]
     assert len(scaled) == 3
     assert set(scaled) <= set(failed)
-    others = [line for line in lines if line not in scaled and "│ gate" not in line]
+    probes = [line for line in lines if "│ probe" in line]
+    assert len(probes) == 8
+    rest = [line for line in lines if line not in scaled and line not in probes]
+    others = [line for line in rest if "│ gate" not in line]
     assert len(others) == 7
     assert all("pass" in line for line in others)
 

@@ -140,6 +140,9 @@ def test_the_key_holds_the_plug_in_its_operators_its_sites_and_its_sizes(
         patch.setenv("TRIMTAB_LAYERS", "1,2")
         hashes["other sites"] = config_hash()
     with monkeypatch.context() as patch:
+        patch.setenv("TRIMTAB_PROBE_LAYERS", "2")
+        hashes["other probes"] = config_hash()
+    with monkeypatch.context() as patch:
         patch.setenv("TRIMTAB_SLOTS", "7")
         hashes["other sizes"] = config_hash()
     with monkeypatch.context() as patch:
