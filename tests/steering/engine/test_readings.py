@@ -223,3 +223,50 @@ def test_what_a_reading_comes_to_is_what_its_scores_come_to(world, roomy, readin
             assert summary.answer_mean == (pytest.approx(np.mean(answer)) if answer else None)
             seen |= {k for k in ("plateau", "final", "cliff") if getattr(summary, k) is not None}
     assert seen == {"plateau", "final", "cliff"}
+
+
+def test_scores_lost_on_the_way_are_missing_and_the_others_stay_where_they_belong(
+    world, roomy, readings, monkeypatch
+) -> None:
+    reader = roomy.llm_engine.model_executor.driver_worker.worker.trimtab_worker.step.reader
+    take, steps, lost = reader.take, [], []
+
+    def losing() -> Any:
+        found = take()
+        steps.append(found)
+        if found is not None and len(steps) % 5 == 0:
+            lost.append(found)
+            return None
+        return found
+
+    monkeypatch.setattr(reader, "take", losing)
+    requests = [
+        (Request(tuple(world.prompt(q)), "one", max_tokens=24), readings, True) for q in QUESTIONS
+    ]
+    answers = ask(roomy, world, requests)
+    assert len(lost) >= 4
+    gone: dict[str, set[int]] = {}
+    for snapshot in lost:
+        for request_id, (position, _, scores) in snapshot.by_request().items():
+            count = len(scores) // 4 // len(readings)
+            gone.setdefault(request_id, set()).update(range(position, position + count))
+    for (request, _, _), (exchange, output) in zip(requests, answers, strict=True):
+        (choice,) = output.outputs
+        log = exchange.scores_of_choice(0)
+        mine = gone[exchange.request_of_choice(0)]
+        text = [*request.prompt, *choice.token_ids]
+        for n, reading in enumerate(readings):
+            expected = probe_scores(
+                world.model,
+                world.policies["one"],
+                world.store,
+                reading.key.partition("/")[0],
+                text[:-1],
+                len(request.prompt),
+                output=reading.output,
+            )
+            trace = log.trace(n)
+            every = range(len(request.prompt) - 1, len(text) - 1)
+            assert [position for position, _ in trace] == [p for p in every if p not in mine]
+            assert all(abs(score - float(expected[p])) <= TOLERANCE for p, score in trace)
+            assert log.summary(n).missing == len(mine) > 0
