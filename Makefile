@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test venv check lint types imports fast engine bench format clean
+.PHONY: demo test venv check lint types imports fast engine bench dashboards format clean
 
 venv: $(READY)
 
@@ -41,6 +41,7 @@ check: lint types imports fast
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m deploy.grafana.overview --check
 
 types: venv
 	$(BIN)/mypy
@@ -53,6 +54,9 @@ fast: venv
 
 bench: venv
 	$(BIN)/python -m tests.bench.overhead "$$($(BIN)/trimtab models fetch demo | tail -n 1)"
+
+dashboards: venv
+	$(BIN)/python -m deploy.grafana.overview
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from directions.card import CardDraft
+from directions.card import CardDraft, ProbeDraft
 from directions.fingerprint import fingerprint
 from directions.store import Store
 
@@ -46,6 +46,40 @@ def put_random_direction(home: Path, checkpoint: Path, name: str = "north", seed
         created="2026-01-01T00:00:00Z",
     )
     Store(home).put(card, vectors, [True] * model.num_layers, name=name)
+
+
+def put_random_probe(
+    home: Path,
+    checkpoint: Path,
+    name: str = "judge",
+    *,
+    layer: int | None = 1,
+    outputs: Sequence[str] = ("first", "second"),
+    calibration: Mapping[str, float] | None = None,
+    seed: int = 3,
+    **model: object,
+) -> None:
+    """Store a probe of random weights, whose scores of a random model lie on both sides of a half.
+
+    Args:
+        layer: after which it reads; ``None`` for the final norm.
+        model: changes of the fingerprint of the model that it was made on.
+    """
+    made_on = fingerprint(checkpoint).model_copy(update=model)
+    draft = ProbeDraft(
+        method="random",
+        model=made_on,
+        dtype="float32",
+        created="2026-01-01T00:00:00Z",
+        site="final_norm" if layer is None else "residual",
+        layer=layer,
+        read_out="affine",
+        calibration=dict(calibration or {}),
+        outputs=tuple(outputs),
+    )
+    shape = (len(outputs), made_on.hidden_size)
+    weights = np.random.default_rng(seed).standard_normal(shape) * 0.3
+    Store(home).put_probe(draft, weights, [0.0] * len(outputs), name=name)
 
 
 def write_policy(folder: Path, name: str, *, strength: float = 8.0, keys: str = "") -> Path:

@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from directions.card import ProbeDraft
-from directions.fingerprint import fingerprint
-from directions.store import Store
 from tests.conftest import build_tiny_checkpoint
-from tests.server.served import Served, put_random_direction, serve
+from tests.server.served import Served, put_random_direction, put_random_probe, serve
 
 pytestmark = pytest.mark.engine
 
@@ -55,19 +51,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     checkpoint = build_tiny_checkpoint(folder / "tiny")
     home = folder / "home"
     put_random_direction(home, checkpoint)
-    model = fingerprint(checkpoint)
-    weights = np.random.default_rng(3).standard_normal((2, model.hidden_size)) * 0.3
-    draft = ProbeDraft(
-        method="random",
-        model=model,
-        dtype="float32",
-        created="2026-01-01T00:00:00Z",
-        site="residual",
-        layer=1,
-        read_out="affine",
-        outputs=("first", "second"),
-    )
-    Store(home).put_probe(draft, weights, [0.0, 0.0], name="judge")
+    put_random_probe(home, checkpoint)
     policies = home / "policies"
     policies.mkdir()
     for name, (scope, gates) in GATES.items():

@@ -14,11 +14,10 @@ import httpx
 import numpy as np
 import pytest
 
-from directions.card import ProbeDraft
 from steering.policy_files import read_policy
 from steering.reference import probe_scores
 from tests.conftest import build_tiny_checkpoint
-from tests.server.served import Served, serve
+from tests.server.served import Served, put_random_probe, serve
 from tests.steering.engine.harness import World, build_world
 
 pytestmark = pytest.mark.engine
@@ -56,21 +55,14 @@ READ = {
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("probes")
     world = build_world(build_tiny_checkpoint(folder / "tiny"), folder / "home", THINKING)
-    weights = np.random.default_rng(11).standard_normal((1, world.fingerprint.hidden_size)) * 0.3
-    world.store.put_probe(
-        ProbeDraft(
-            method="random",
-            model=world.fingerprint,
-            dtype="float32",
-            created="2026-01-01T00:00:00Z",
-            site="final_norm",
-            read_out="affine",
-            outputs=("only",),
-            calibration={"threshold": 0.5},
-        ),
-        weights,
-        [0.0],
-        name="mood",
+    put_random_probe(
+        world.store.root,
+        world.path,
+        "mood",
+        layer=None,
+        outputs=["only"],
+        calibration={"threshold": 0.5},
+        seed=11,
     )
     (world.store.root / "policies").mkdir()
     for name, (mode, probes, gates) in POLICIES.items():

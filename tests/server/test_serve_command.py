@@ -14,10 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from directions.card import ProbeDraft
-from directions.fingerprint import fingerprint
-from directions.store import Store
-from tests.server.served import TRIMTAB, environment, free_port, put_random_direction, write_policy
+from tests.server.served import (
+    TRIMTAB,
+    environment,
+    free_port,
+    put_random_direction,
+    put_random_probe,
+    write_policy,
+)
 
 
 def run(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -242,20 +246,6 @@ def test_speculative_decoding_is_refused_with_its_code(
     assert "Application startup complete" not in done.stdout + done.stderr
 
 
-def probe_of(home: Path, checkpoint: Path, **changes: object) -> None:
-    model = fingerprint(checkpoint).model_copy(update=changes)
-    draft = ProbeDraft(
-        method="random",
-        model=model,
-        dtype="float32",
-        created="2026-01-01T00:00:00Z",
-        site="final_norm",
-        read_out="affine",
-        outputs=("only",),
-    )
-    Store(home).put_probe(draft, np.ones((1, model.hidden_size)), [0.0], name="mood")
-
-
 def test_a_probe_that_is_not_there_or_no_probe_is_refused_before_vllm_is_loaded(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
@@ -288,14 +278,14 @@ def test_a_probe_that_does_not_fit_is_refused_with_what_does_not(
     arguments: list[str],
     said: str,
 ) -> None:
-    probe_of(tmp_path, tiny_checkpoint, **change)
+    put_random_probe(tmp_path, tiny_checkpoint, "mood", layer=None, outputs=["only"], **change)
     done = run(tmp_path, "serve", str(tiny_checkpoint), "--probe=mood@1", *arguments)
     assert done.returncode == 2
     assert said in done.stderr, done.stderr
 
 
 def test_weights_that_are_not_finite_are_no_probe(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    probe_of(tmp_path, tiny_checkpoint)
+    put_random_probe(tmp_path, tiny_checkpoint, "mood")
     (tensors,) = (tmp_path / "artefacts").glob("*/tensors.safetensors")
     data = bytearray(tensors.read_bytes())
     data[-4:] = np.array([np.nan], dtype="<f4").tobytes()
