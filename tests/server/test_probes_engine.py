@@ -6,8 +6,10 @@ import asyncio
 import json
 import math
 import re
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +19,7 @@ import pytest
 from steering.policy_files import read_policy
 from steering.reference import probe_scores
 from tests.conftest import build_tiny_checkpoint
-from tests.server.served import Served, put_random_probe, serve
+from tests.server.served import TRIMTAB, Served, put_random_probe, serve
 from tests.steering.engine.harness import World, build_world
 
 pytestmark = pytest.mark.engine
@@ -522,3 +524,32 @@ def test_a_reader_that_stops_reading_blocks_nobody_and_grows_nothing(served: Ser
         assert memory() - before < 32 * 2**20
     post(served, "/v1/completions", text_body("off", max_tokens=4))
     assert total(served, "trimtab_probe_tokens_missing_total") == 0
+
+
+def command(*arguments: object) -> dict[str, Any]:
+    done = subprocess.run(
+        [TRIMTAB, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def test_the_commands_show_what_the_server_says(served: Served, tmp_path: Path) -> None:
+    picture = tmp_path / "curve.png"
+    flags = ["--policy", "steer", "--max-tokens", TOKENS, "--temperature", 0, "--output", picture]
+    shown = command("trace", MESSAGES[0]["content"], "--url", served.url, *flags)
+    body = {**chat_body("steer"), "max_completion_tokens": TOKENS}
+    del body["ignore_eos"]
+    (choice,) = post(served, "/v1/chat/completions", body)["choices"]
+    told = choice["steering"]["probes"][ALL]
+    assert (shown["probe"], shown["policy"], shown["applied"]) == (ALL, "steer@1", True)
+    assert [p for p, _ in shown["trace"]] == [p for p, _ in told["trace"]]
+    assert [s for _, s in shown["trace"]] == pytest.approx([s for _, s in told["trace"]], abs=1e-4)
+    assert shown["summary"]["prompt_end"] == pytest.approx(told["prompt_end"], abs=1e-4)
+    assert len(shown["tokens"]) == len(choice["token_ids"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    seen = command("watch", served.url, "--once")
+    assert seen["probes"][0] == ALL
+    assert {f["policy"] for f in seen["finished"][:3]} == {"steer@1"}
+    assert seen["finished"][0]["summary"]["tokens"] == told["tokens"]
