@@ -118,6 +118,25 @@ def with_stream(output: Any, stream: torch.Tensor) -> Any:
     return (*output[:place], stream, *output[place + 1 :])
 
 
+def refuse_partial_sums(model: nn.Module, tensor_parallel: int) -> None:
+    """Refuse a model whose layers hand on a part of a sum, which the next layer's norm completes.
+
+    vLLM's model packages of their own (``vllm.models``: DeepSeek-V3.2, MiniMax-M3, Kimi-K3 …) fuse the sum
+    over tensor-parallel ranks into that norm, so between layers no rank has the stream.
+
+    Raises:
+        TrimtabError: ``E_SITE_STREAM`` with several tensor-parallel ranks.
+    """
+    if tensor_parallel > 1 and type(model).__module__.startswith("vllm.models."):
+        raise TrimtabError(
+            "E_SITE_STREAM",
+            f"the layers of {type(model).__name__} hand on partial sums where there are several "
+            "tensor-parallel ranks, so there is no residual stream between them to edit or to read",
+            field="--tensor-parallel-size",
+            expected="1, for this model",
+        )
+
+
 def find_attention(layer: nn.Module, number: int = 0) -> tuple[nn.Module, int, int]:
     """The attention whose output holds the heads, before the output projection.
 
@@ -131,8 +150,9 @@ def find_attention(layer: nn.Module, number: int = 0) -> tuple[nn.Module, int, i
         attribute ``forward`` is what every caller reaches.
 
     Raises:
-        TrimtabError: ``E_SITE_HEADS`` when the layer has no such attention, several, or one whose
-            forward pass is its own, since then its output need not be the heads'.
+        TrimtabError: ``E_SITE_HEADS`` when the layer has no such attention, several, one whose
+            forward pass is its own, since then its output need not be the heads', or one behind which
+            a norm undoes a factor that all heads share.
     """
     from vllm.model_executor.layers.attention import Attention, MLAAttention
 
@@ -146,8 +166,23 @@ def find_attention(layer: nn.Module, number: int = 0) -> tuple[nn.Module, int, i
     module = found[0]
     if type(module).forward not in (Attention.forward, MLAAttention.forward):
         raise _no_heads(number, f"{type(module).__name__} has a forward pass of its own")
+    between = _norm_of_heads(layer, module)
+    if between is not None:
+        raise _no_heads(number, f"{between} stands between the heads and their output projection")
     width = module.v_head_dim if isinstance(module, MLAAttention) else module.head_size_v
     return module, int(module.num_heads), int(width)
+
+
+def _norm_of_heads(layer: nn.Module, attention: nn.Module) -> str | None:
+    """The name of a norm beside the attention that is not one of what goes into it."""
+    for block in layer.modules():
+        # A layer that holds its attention itself has its own norms beside it, which come before.
+        if block is not layer and any(child is attention for child in block.children()):
+            for name, child in block.named_children():
+                inputs = name.startswith(("q", "k", "v"))  # q_norm, key_layernorm, kv_a_layernorm …
+                if "norm" in type(child).__name__.lower() and not inputs and child is not attention:
+                    return name
+    return None
 
 
 def find_blocks(layer: nn.Module, number: int = 0) -> tuple[nn.Module, nn.Module]:

@@ -24,6 +24,7 @@ from steering.engine.discovery import (
     find_blocks,
     find_decoder_layers,
     find_final_norm,
+    refuse_partial_sums,
 )
 from steering.engine.payload import PlanPayload
 from steering.engine.probe_reader import ReadingPayload
@@ -71,6 +72,7 @@ class SteeringWorker:
         model_config = worker.vllm_config.model_config
         model = runner.get_model()
         num_layers = model_config.hf_text_config.num_hidden_layers
+        refuse_partial_sums(model, worker.vllm_config.parallel_config.tensor_parallel_size)
         every = find_decoder_layers(model, num_layers)
         layers = every
         if settings.layers is not None:

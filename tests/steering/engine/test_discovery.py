@@ -17,6 +17,7 @@ from steering.engine.discovery import (
     find_blocks,
     find_decoder_layers,
     find_final_norm,
+    refuse_partial_sums,
     residual_stream,
     with_stream,
 )
@@ -262,9 +263,29 @@ def test_heads_that_cannot_be_told_are_refused() -> None:
         (Mixer(), "layer 3 .* has Mixer"),
         (tree(a=attention(), b=attention("MLAAttention")), "layer 3 .* Attention, MLAAttention"),
         (tree(attn=fused), "layer 3 .* Fused has a forward pass of its own"),
+        (
+            tree(q_norm=nn.LayerNorm(8), attn=attention(), sub_norm=nn.LayerNorm(8)),
+            "layer 3 .* sub_norm stands between",
+        ),
     ):
         with refused("E_SITE_HEADS", reason):
             find_attention(layer(self_attn=child), 3)
+
+
+def test_norms_of_queries_and_keys_are_no_reason_to_refuse() -> None:
+    norms = {name: nn.LayerNorm(8) for name in ("q_norm", "k_norm", "kv_a_layernorm")}
+    module = attention()
+    assert find_attention(layer(self_attn=tree(attn=module, **norms)))[0] is module
+    bare = tree(input_layernorm=nn.LayerNorm(8), attn=module)
+    assert find_attention(bare)[0] is module
+
+
+def test_layers_that_hand_on_partial_sums_are_refused_with_several_ranks() -> None:
+    fused = type("Fused", (nn.Module,), {"__module__": "vllm.models.deepseek_v32.nvidia.model"})()
+    refuse_partial_sums(fused, 1)
+    refuse_partial_sums(nn.Linear(2, 2), 2)
+    with refused("E_SITE_STREAM", "Fused hand on partial sums"):
+        refuse_partial_sums(fused, 2)
 
 
 def test_blocks_that_cannot_be_told_are_refused() -> None:
