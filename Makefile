@@ -50,10 +50,11 @@ imports: venv
 	$(BIN)/lint-imports
 
 fast: venv
-	$(BIN)/python -m pytest -m "not engine"
+	$(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
 
 bench: venv
 	$(BIN)/python -m tests.bench.overhead "$$($(BIN)/trimtab models fetch demo | tail -n 1)"
+	$(BIN)/python -m tests.bench.http "$$($(BIN)/trimtab models fetch demo | tail -n 1)"
 
 dashboards: venv
 	$(BIN)/python -m deploy.grafana.overview

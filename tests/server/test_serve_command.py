@@ -253,7 +253,7 @@ def test_a_probe_that_is_not_there_or_no_probe_is_refused_before_vllm_is_loaded(
     for reference, code in (
         ("mood@1", "E_ARTEFACT_UNKNOWN"),
         ("north@1", "E_ARTEFACT_KIND"),
-        ("no such name", "E_ARTEFACT_REFERENCE"),
+        ("no such name", "E_ARTEFACT_NAME"),
     ):
         started = time.monotonic()
         done = run(tmp_path, "serve", str(tiny_checkpoint), "--probe", reference)
