@@ -2,7 +2,8 @@
 
 Three servers run side by side: plain vLLM twice, and ``trimtab serve`` with a probe of two outputs on all
 traffic. In every round each answers the same streamed requests, in random order and one server at a time;
-the times of a round are divided by the first plain server's. The second plain server is the control.
+the times of a round are divided by the mean of the two plain servers'. The second plain server is the
+control: what it differs from that mean by is what this machine does to a ratio.
 """
 
 from __future__ import annotations
@@ -166,6 +167,11 @@ def measure(
     return found
 
 
+def first(took: tuple[list[float], float]) -> float:
+    """The median of the seconds to the first tokens."""
+    return statistics.median(took[0])
+
+
 def report(
     mode: str,
     found: dict[int, list[dict[str, tuple[list[float], float]]]],
@@ -178,9 +184,9 @@ def report(
         table.add_column(column)
     for concurrency, rounds in found.items():
         for case in (CONTROL, READ, TRACED):
-            rates = sorted(r[PLAIN][1] / r[case][1] for r in rounds)
+            rates = sorted((r[PLAIN][1] + r[CONTROL][1]) / 2 / r[case][1] for r in rounds)
             waits = sorted(
-                statistics.median(r[case][0]) / statistics.median(r[PLAIN][0]) for r in rounds
+                2 * first(r[case]) / (first(r[PLAIN]) + first(r[CONTROL])) for r in rounds
             )
             rate, wait = statistics.median(rates), statistics.median(waits)
             least, most = LEAST_RATE.get(case), MOST_WAIT.get(case)
