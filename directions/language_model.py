@@ -14,6 +14,7 @@ from torch import nn
 
 from directions.errors import TrimtabError
 from directions.examples import Example
+from directions.model_sites import decoder_layers
 from directions.progress import Progress, silent
 from directions.quiet import hide_bars
 
@@ -197,30 +198,13 @@ def opened(path: Path, reading: Reading, progress: Progress = silent) -> Iterato
     network = network.to(device).eval()
     advance(1)
     try:
-        yield LanguageModel(network, tokenizer, device, decoder_layers(network), reading)
+        try:
+            layers = decoder_layers(network)
+        except ValueError as error:
+            raise TrimtabError("E_MODEL_LAYERS", str(error)) from error
+        yield LanguageModel(network, tokenizer, device, layers, reading)
     finally:
         del network
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def decoder_layers(network: Any) -> nn.ModuleList:
-    """The decoder layers of a transformers model: of the lists of modules that are as long as the
-    config says, the one with the most parameters.
-
-    Raises:
-        TrimtabError: E_MODEL_LAYERS.
-    """
-    config = network.config.get_text_config()
-    candidates = [
-        module
-        for module in network.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    ]
-    if not candidates:
-        raise TrimtabError(
-            "E_MODEL_LAYERS",
-            f"{type(network).__name__} has no list of {config.num_hidden_layers} decoder layers",
-        )
-    return max(candidates, key=lambda found: sum(p.numel() for p in found.parameters()))

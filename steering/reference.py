@@ -40,6 +40,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from directions.model_sites import block_of, decoder_layers, final_norm, heads_of
 from directions.store import Probe, Store
 from steering.edits.ablate import Ablate
 from steering.edits.scale_heads import ScaleHeads
@@ -47,7 +48,6 @@ from steering.edits.scope import First
 from steering.gates import Gate
 from steering.policy import Edit, Policy
 from steering.reference_edits import Change, changes_of, head_factors
-from steering.reference_sites import block_of, decoder_layers, final_norm, heads_of
 
 _ORDER: Final = ("ablate", "clamp", "rotate", "add")
 _NEEDS_TEXT: Final = frozenset({"thinking", "think_end", "answer"})

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import directions, models, policy, probe, serve, trace, verify, watch
+from server.cli import directions, heads, models, policy, probe, serve, trace, verify, watch
 
 app = typer.Typer(
     name="trimtab",
@@ -27,6 +27,7 @@ app.command(
     no_args_is_help=True,
 )(serve.serve)
 app.add_typer(directions.app, name="directions")
+app.add_typer(heads.app, name="heads")
 app.add_typer(models.app, name="models")
 app.add_typer(policy.app, name="policy")
 app.add_typer(probe.app, name="probe")

@@ -23,6 +23,7 @@ import torch
 
 from directions.card import ModelFingerprint
 from directions.errors import TrimtabError
+from directions.model_sites import decoder_layers
 from directions.store import Store
 from steering.engine.admission import Frontend, frontend_of
 from steering.engine.control import activate_readings_local, local_status
@@ -34,7 +35,6 @@ from steering.plan import Plan, compile_policy
 from steering.policy import Policy, parse_policy
 from steering.readings import Reading
 from steering.reference import Steered, reading, steered, text_phases, token_texts
-from steering.reference_sites import decoder_layers
 
 TOLERANCE: Final = 1e-4
 """Largest difference, in nats, that is put down to the order of float32 sums."""

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from directions.card import CardDraft, HeadSetDraft, ProbeDraft
+from directions.model_sites import decoder_layers
 from steering.engine.parity import World
 from steering.readings import compile_readings
-from steering.reference_sites import decoder_layers
 
 _CREATED: Final = "2026-01-01T00:00:00Z"
 

@@ -15,7 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from steering.reference_sites import (  # noqa: E402
+from directions.model_sites import (  # noqa: E402
     block_of,
     decoder_layers,
     final_norm,

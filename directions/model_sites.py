@@ -1,8 +1,8 @@
-"""Where the reference's edits act in a Hugging Face model: layers, blocks, heads and the final norm.
+"""Where things are in a Hugging Face model: its decoder layers, their blocks, their heads, its final norm.
 
 Every site is told from the module tree, by what decoders have in common, and held against the
-configuration. What fits none or several readings is refused: a reference that edits the wrong
-place would call a wrong engine right.
+configuration. What fits none or several readings is refused: a method that reads the wrong place, or
+a reference that edits it, would call something wrong right.
 """
 
 from __future__ import annotations
