@@ -10,6 +10,7 @@ from typing import Final
 
 from prometheus_client import REGISTRY
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope, Send
 
 from server.metrics import several_processes
@@ -31,7 +32,8 @@ def wants_openmetrics(scope: Scope, path: str) -> bool:
 
 async def send_openmetrics(send: Send) -> None:
     """Answer with everything that is registered in this process, vLLM's metrics included."""
-    body: bytes = generate_latest(REGISTRY)  # type: ignore[no-untyped-call]
+    # With many series it takes long enough for every stream to notice.
+    body: bytes = await run_in_threadpool(generate_latest, REGISTRY)
     headers = [
         (b"content-type", CONTENT_TYPE_LATEST.encode()),
         (b"content-length", str(len(body)).encode()),

@@ -159,7 +159,7 @@ def prepare(
             probes; PolicyErrors with every fault of the policies.
     """
     from steering.policy_files import load_policies
-    from steering.readings import compile_readings
+    from steering.readings import compile_readings, tell_apart
 
     # Quick, and most often what is wrong; importing vLLM takes seconds.
     policies = load_policies(options.policies) if options.policies is not None else {}
@@ -198,8 +198,14 @@ def prepare(
             thinking=thinking,
         )
         probes = compile_readings(options.probes, store, model)
+        named = {
+            name: compile_readings(policy.probes, store, model, field=name)
+            for name, policy in policies.items()
+        }
+        by_id = tell_apart([*probes, *(r for found in named.values() for r in found)])
+        probes = tuple(by_id[reading.id] for reading in probes)
         entries = [
-            Entry(policy, plans[name], compile_readings(policy.probes, store, model, field=name))
+            Entry(policy, plans[name], tuple(by_id[reading.id] for reading in named[name]))
             for name, policy in policies.items()
         ]
     catalogue = Catalogue.of(entries, default=default, probes=probes)

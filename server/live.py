@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from server.report import summary_object
 from steering.engine.admission import Frontend
 from steering.engine.exchange import Exchange
 from steering.engine.observer import Observer
@@ -59,7 +60,9 @@ class Live(BaseModel):
     process: int = Field(description="which API process answered")
     probes: list[str]
     running: list[Running]
-    finished: list[Finished] = Field(description=f"the last {MOST_FINISHED}, newest first")
+    finished: list[Finished] = Field(
+        description=f"the last {MOST_FINISHED} choices, newest first, a row for each probe"
+    )
 
 
 class LiveView:
@@ -73,7 +76,7 @@ class LiveView:
     def __init__(self, frontend: Frontend, inner: Observer) -> None:
         self._frontend = frontend
         self._inner = inner
-        self._finished: deque[Finished] = deque(maxlen=MOST_FINISHED)
+        self._finished: deque[list[Finished]] = deque(maxlen=MOST_FINISHED)
 
     def read(self, exchange: Exchange, engine: int, reading: Reading, scores: array[float]) -> None:
         """See :class:`steering.engine.observer.Observer`."""
@@ -89,24 +92,18 @@ class LiveView:
         log = exchange.scores.get(request_id)
         if log is None:
             return
-        for n, _ in enumerate(log.readings):
-            summary = log.summary(n)
-            self._finished.appendleft(
+        now = time.time()
+        self._finished.appendleft(
+            [
                 Finished(
                     **_facts(request_id, exchange, log, n),
                     outcome="finished" if finished else "aborted",
-                    ended=time.time(),
-                    summary={
-                        "prompt_end": summary.prompt_end,
-                        "plateau": summary.plateau,
-                        "final": summary.final,
-                        "cliff": summary.cliff,
-                        "answer_start": summary.answer_start,
-                        "answer_mean": summary.answer_mean,
-                        "tokens": summary.tokens,
-                    },
+                    ended=now,
+                    summary=summary_object(log.summary(n)),
                 )
-            )
+                for n, _ in enumerate(log.readings)
+            ]
+        )
 
     def picture(self, model: str, probes: list[str]) -> Live:
         """Now."""
@@ -115,7 +112,7 @@ class LiveView:
             process=os.getpid(),
             probes=probes,
             running=list(self._running()),
-            finished=list(self._finished),
+            finished=[row for rows in self._finished for row in rows],
         )
 
     def _running(self) -> Iterator[Running]:

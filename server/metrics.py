@@ -152,6 +152,8 @@ class EngineMetrics:
 
         self.model_name = ""
         self._named: frozenset[str] = frozenset()
+        # Finding a series by its labels takes longer than adding to it; this is done for every token.
+        self._of_tokens: dict[tuple[int, str, str, str], tuple[Counter, Histogram]] = {}
         self._score = histogram(
             "trimtab_probe_score",
             "Probe scores of finished choices, by what they are of: the prompt's end, the plateau of "
@@ -220,6 +222,7 @@ class EngineMetrics:
         served = list(policies)
         self._named = frozenset(policy.name for policy in served[:MAX_POLICY_LABELS]) | {"off"}
         self._info.clear()
+        self._of_tokens.clear()
         for policy in served[:MAX_POLICY_LABELS]:
             self._info.labels(
                 self.model_name,
@@ -241,9 +244,16 @@ class EngineMetrics:
 
     def read(self, exchange: Exchange, engine: int, reading: Reading, scores: array[float]) -> None:
         """See :class:`steering.engine.observer.Observer`."""
-        labels = (self.model_name, str(engine), reading.label, *self._who(exchange))
-        self._tokens.labels(*labels).inc(len(scores))
-        histogram = self._token_score.labels(*labels)
+        if not scores:
+            return
+        who = (engine, reading.label, exchange.policy, exchange.mode)
+        series = self._of_tokens.get(who)
+        if series is None:
+            labels = (self.model_name, str(engine), reading.label, *self._who(exchange))
+            series = self._tokens.labels(*labels), self._token_score.labels(*labels)
+            self._of_tokens[who] = series
+        tokens, histogram = series
+        tokens.inc(len(scores))
         for score in scores:
             histogram.observe(score)
 

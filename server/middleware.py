@@ -540,7 +540,14 @@ def _check_reserved(document: dict[str, Any]) -> None:
 
 
 def _check_supported(document: dict[str, Any], exchange: Exchange) -> None:
-    """Refuse what a policy cannot be applied to, or could not be reported on."""
+    """Refuse what a policy cannot be applied to, or what could not be reported on."""
+    if exchange.trace and _is_true(document.get("background")):
+        raise TrimtabError(
+            "E_BACKGROUND",
+            "an answer in the background is given before there are scores to trace",
+            field="$.background",
+            expected="false",
+        )
     if exchange.plan is None:
         return
     if _is_true(document.get("use_beam_search")):

@@ -47,7 +47,7 @@ def steering_object(
     if log is not None:
         report["probes"] = {
             reading.key: {
-                **_summary(log.summary(n)),
+                **summary_object(log.summary(n)),
                 **({"trace": _pairs(log.trace(n, untold=untold))} if exchange.trace else {}),
             }
             for n, reading in enumerate(log.readings)
@@ -85,7 +85,8 @@ def _pairs(trace: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(position, round(score, 7)) for position, score in trace]
 
 
-def _summary(summary: Summary) -> dict[str, Any]:
+def summary_object(summary: Summary) -> dict[str, Any]:
+    """What one probe's scores of one choice come to, as answers have it."""
     report = {
         "prompt_end": summary.prompt_end,
         "plateau": summary.plateau,

@@ -28,20 +28,9 @@ _MAY_CHANGE: Final = re.compile(
     rb'|"error":\s*[{"]'
 )
 _LAST_EVENTS: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
-_DELTAS: Final = frozenset(
-    {
-        "content_block_delta",
-        "response.output_text.delta",
-        "response.reasoning_text.delta",
-        "response.reasoning_part.added",
-        "response.function_call_arguments.delta",
-    }
-)
-_HAS_TOKENS: Final = re.compile(
-    rb'"choices"|"type":\s*"(?:'
-    + b"|".join(re.escape(kind.encode()) for kind in sorted(_DELTAS))
-    + rb')"'
-)
+_DELTA: Final = r"content_block_delta|response\.[a-z_.]+\.delta"
+_IS_DELTA: Final = re.compile(_DELTA)
+_HAS_TOKENS: Final = re.compile(rf'"choices"|"type":\s*"(?:{_DELTA})"'.encode())
 _NAMES_THE_MODEL: Final = re.compile(
     rb'"type":\s*"(?:response\.(?:created|queued|in_progress)|message_start)"'
 )
@@ -163,7 +152,7 @@ class EventStream:
         elif kind in _LAST_EVENTS and isinstance(response := document.get("response"), dict):
             ended = [response]
             self.failed |= kind == "response.failed"
-        elif kind in _DELTAS:
+        elif isinstance(kind, str) and _IS_DELTA.fullmatch(kind):
             carrying = [document]
         for part in ended:
             # What the parts of a stream have told is not told again; a whole response is told whole.

@@ -6,8 +6,9 @@ several outputs; each is a reading of its own, with a name of its own in answers
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from directions.card import ModelFingerprint
@@ -106,3 +107,17 @@ def compile_readings(
         for reading in readings_of(probe, model):
             found.setdefault(reading.id, reading)
     return tuple(found.values())
+
+
+def tell_apart(readings: Iterable[Reading]) -> dict[str, Reading]:
+    """The readings by id, with labels that tell different ones apart: two versions keep theirs.
+
+    Metrics leave versions out, so that series go on when one takes the place of another; where both
+    are read at once, they would be added up.
+    """
+    found = {reading.id: reading for reading in readings}
+    counts = Counter(reading.label for reading in found.values())
+    return {
+        id_: reading if counts[reading.label] == 1 else replace(reading, label=reading.key)
+        for id_, reading in found.items()
+    }

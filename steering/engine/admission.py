@@ -23,9 +23,10 @@ import contextvars
 import functools
 import hashlib
 import json
+import logging
 from dataclasses import replace
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -41,6 +42,12 @@ from steering.plan import Plan
 from steering.thinking import ThinkingTracker
 
 _ATTRIBUTE = "trimtab_frontend"
+
+MOST_PROMPT_SCORES: Final = 65_536
+"""Scores of prompt tokens that one answer may ask for."""
+
+# A child of vLLM's logger, so that it shows where vLLM's own lines do.
+logger = logging.getLogger("vllm.trimtab")
 
 
 class SlotsExhaustedError(GracefulHTTPError):  # type: ignore[misc]
@@ -212,7 +219,11 @@ class Frontend:
         if plan is not None:
             self.ledger.release(plan)
         if exchange is not None and self.observer is not None:
-            self.observer.ended(exchange, request_id, finished)
+            try:
+                self.observer.ended(exchange, request_id, finished)
+            except Exception:
+                # Here an error would end everybody's requests.
+                logger.exception("request %s was not observed", request_id)
 
     def exchange_of(self, request_id: str) -> Exchange | None:
         """The exchange that an unfinished engine request belongs to."""
@@ -247,7 +258,10 @@ def wrap_process_inputs(input_processor_class: Any) -> None:
             _refuse_unserved(params)
             return original(self, request_id, prompt, params, *args, **kwargs)
         stamp = frontend.decide(params, resumable=bool(kwargs.get("resumable")))
+        _check_id(request_id)
         request = original(self, request_id, prompt, params, *args, **kwargs)
+        if stamp is not None and stamp.whole_prompt:
+            _check_length(request, len(stamp.readings))
         request.cache_salt = derive_salt(request.cache_salt, stamp)
         if request.sampling_params is not None:
             extra_args = request.sampling_params.extra_args
@@ -263,6 +277,32 @@ def wrap_process_inputs(input_processor_class: Any) -> None:
         return request
 
     input_processor_class.process_inputs = process_inputs
+
+
+def _check_id(request_id: str) -> None:
+    """Refuse an id that cannot be sent to the engine: half a surrogate pair, which JSON can name.
+
+    vLLM would find out only when it sends the request, and then nobody would take it off the books.
+    """
+    try:
+        request_id.encode()
+    except UnicodeEncodeError:
+        raise _invalid(
+            current_exchange.get(), "E_REQUEST_ID", "the request's id is not valid Unicode"
+        ) from None
+
+
+def _check_length(request: Any, outputs: int) -> None:
+    """Refuse more scores of one prompt than an answer should carry, or the event loop write at once."""
+    prompt = request.prompt_token_ids
+    length = len(request.prompt_embeds if prompt is None else prompt)
+    if length * outputs > MOST_PROMPT_SCORES:
+        raise _invalid(
+            current_exchange.get(),
+            "E_TRACE_LENGTH",
+            f"{length} prompt tokens under {outputs} outputs of probes are more than "
+            f"{MOST_PROMPT_SCORES} scores; ask for a trace of true",
+        )
 
 
 def _refuse_unserved(params: Any) -> None:

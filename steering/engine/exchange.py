@@ -78,11 +78,13 @@ class Exchange:
     declined: str | None = None
     refusal: TrimtabError | None = None
     _choices: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _in_order: list[str] | None = None
 
     def begin(self, request_id: str, prompt_id: str, index: int) -> None:
         """Note an engine request: answer ``index`` to the prompt that vLLM calls ``prompt_id``."""
         self.acknowledgements[request_id] = None
         self._choices[request_id] = (prompt_id, index)
+        self._in_order = None
         if self.plan is not None:
             self.gates[request_id] = tuple(
                 GateReport(gate.name, fired=False) for gate in self.plan.gates
@@ -104,11 +106,11 @@ class Exchange:
             suffix = prompt_id.rpartition("-")[2]
             return (int(suffix) if suffix.isdecimal() else 0, prompt_id, index)
 
-        requests = list(self._choices)
-        if choice is not None:
-            requests.sort(key=order)
-        at = -1 if choice is None else choice
-        return requests[at] if -1 <= at < len(requests) > 0 else None
+        if choice is None:
+            return next(reversed(self._choices), None)
+        if self._in_order is None:
+            self._in_order = sorted(self._choices, key=order)
+        return self._in_order[choice] if 0 <= choice < len(self._in_order) else None
 
     def gates_of_choice(self, choice: int | None) -> tuple[GateReport, ...]:
         """The gates of :meth:`request_of_choice`."""

@@ -31,6 +31,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from steering.engine.admission import Frontend, frontend_of, plan_not_placed
@@ -118,7 +119,9 @@ def _reporting(base: Any) -> Any:
 
         def _fail(self, unplaced: Any, reason: str | None, outputs: dict[int, Any]) -> None:
             plan = stamped(unplaced).get("plan")
-            for request in [r for r in self.requests.values() if stamped(r).get("plan") == plan]:
+            same = [r for r in self.requests.values() if stamped(r).get("plan") == plan]
+            # Requests without a plan have nothing in common.
+            for request in [unplaced] if plan is None else same:
                 logger.error("plan of request %s was not placed: %s", request.request_id, reason)
                 failure = {"applied": False, "reason": reason}
                 self._trimtab_reports.setdefault(request.request_id, {}).update(failure)
@@ -139,14 +142,17 @@ def _reporting(base: Any) -> Any:
     return Reporting
 
 
-def _take_report(
-    frontend: Frontend, exchange: Exchange, request_id: str, report: dict[str, Any]
-) -> None:
+def _take_outcome(exchange: Exchange, request_id: str, report: dict[str, Any]) -> None:
     if "applied" in report:
         exchange.acknowledgements[request_id] = Acknowledgement(report["applied"], report["reason"])
     if "gates" in report:
         exchange.gates[request_id] = tuple(map(GateReport.from_wire, report["gates"]))
     exchange.engine = report.get("engine", 0)
+
+
+def _take_scores(
+    frontend: Frontend, exchange: Exchange, request_id: str, report: dict[str, Any]
+) -> None:
     log = exchange.scores.get(request_id)
     if log is None:
         return
@@ -167,6 +173,14 @@ def _take_steps(frontend: Frontend, report: dict[str, Any]) -> None:
             frontend.observer.stepped(report["engine"], seconds, counts)
 
 
+def _observe(what: Callable[..., None], *args: Any) -> None:
+    """Do what only looks: an error of it must not end everybody's requests, as it would here."""
+    try:
+        what(*args)
+    except Exception:
+        logger.exception("a report of the engine's was lost")
+
+
 def wrap_output_processor(output_processor_class: Any) -> None:
     """Count steered requests and hand each report to the exchange that it belongs to."""
     add_request = output_processor_class.add_request
@@ -184,7 +198,11 @@ def wrap_output_processor(output_processor_class: Any) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        # A session whose input arrives in pieces adds to a request that is there, and may end it so.
+        known = request.request_id in self.request_states
         add_request(self, request, prompt, parent_req, request_index, *args, **kwargs)
+        if known or request.request_id not in self.request_states:
+            return
         frontend = frontend_of(self)
         params = request.sampling_params
         if frontend is not None and params is not None:
@@ -202,16 +220,17 @@ def wrap_output_processor(output_processor_class: Any) -> None:
             exchange = None if frontend is None else frontend.exchange_of(output.request_id)
             log = None if exchange is None else exchange.scores.get(output.request_id)
             if log is not None:
-                log.add_tokens(output.new_token_ids)
+                _observe(log.add_tokens, output.new_token_ids)
             carried = output.kv_transfer_params
             if not carried or CARRIER not in carried:
                 continue
             report = carried.pop(CARRIER)
             output.kv_transfer_params = carried or None
             if frontend is not None:
-                _take_steps(frontend, report)
+                _observe(_take_steps, frontend, report)
                 if exchange is not None:
-                    _take_report(frontend, exchange, output.request_id, report)
+                    _take_outcome(exchange, output.request_id, report)
+                    _observe(_take_scores, frontend, exchange, output.request_id, report)
             state = self.request_states.get(output.request_id)
             if not report.get("applied", True) and state is not None:
                 failed.append((state, plan_not_placed(exchange, report["reason"])))

@@ -9,6 +9,7 @@ read, so what comes twice counts once and what never comes is known to be missin
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class ScoreLog:
         whole_prompt: bool = False,
     ) -> None:
         self.readings = tuple(readings)
+        self._numbers = {reading.id: n for n, reading in enumerate(self.readings)}
         self.prompt_length = prompt_length
         self.engine = 0
         self._first = 0 if whole_prompt else prompt_length - 1
@@ -102,7 +104,7 @@ class ScoreLog:
 
     def number(self, reading_id: str) -> int:
         """The index in ``readings`` of the reading with an id."""
-        return next(n for n, reading in enumerate(self.readings) if reading.id == reading_id)
+        return self._numbers[reading_id]
 
     def add_tokens(self, token_ids: Sequence[int]) -> None:
         """Note tokens that were generated."""
@@ -127,22 +129,42 @@ class ScoreLog:
         Returns:
             For each row, the scores of generated tokens that had not come before.
         """
-        rows = np.frombuffer(scores, dtype="<f4").reshape(len(numbers), -1)
-        fresh = []
-        for number, row in zip(numbers, rows.tolist(), strict=True):
-            kept = self._scores[number]
-            at = position - self._first
-            new = array("f")
-            for score in row:
-                # A score that is no number was not written by the pass: it did not come.
-                if at >= 0 and not math.isnan(score):
-                    kept.extend([_MISSING] * (at + 1 - len(kept)))
-                    if math.isnan(kept[at]) and at + self._first >= self.prompt_length:
-                        new.append(score)
-                    kept[at] = score
-                at += 1
-            fresh.append(new)
-        return fresh
+        count = len(scores) // (4 * len(numbers))
+        rows = array("f", scores)
+        if sys.byteorder == "big":
+            rows.byteswap()
+        add = self._add_one if count == 1 else self._add_several
+        return [
+            add(self._scores[number], position - self._first, rows[n * count : (n + 1) * count])
+            for n, number in enumerate(numbers)
+        ]
+
+    def _add_one(self, kept: array[float], at: int, row: array[float]) -> array[float]:
+        """The usual case, one new token, without numpy, which would take most of the time."""
+        (score,) = row
+        # A score that is no number was not written by the pass: it did not come.
+        if at < 0 or math.isnan(score):
+            return array("f")
+        if at == len(kept):
+            kept.append(score)
+            new = True
+        else:
+            kept.extend([_MISSING] * (at + 1 - len(kept)))
+            new = math.isnan(kept[at])
+            kept[at] = score
+        return row if new and at + self._first >= self.prompt_length else array("f")
+
+    def _add_several(self, kept: array[float], at: int, row: array[float]) -> array[float]:
+        skipped = max(-at, 0)
+        at, row = at + skipped, row[skipped:]
+        kept.extend([_MISSING] * (at + len(row) - len(kept)))
+        scores = np.frombuffer(row, dtype=np.float32)
+        place = np.frombuffer(kept, dtype=np.float32)[at : at + len(row)]
+        came = ~np.isnan(scores)
+        generated = np.arange(at, at + len(row)) + self._first >= self.prompt_length
+        new = scores[came & np.isnan(place) & generated]
+        place[came] = scores[came]
+        return array("f", new.tobytes())
 
     # What it comes to.
 
@@ -192,8 +214,12 @@ class ScoreLog:
             answer_start=_number(answer[0]) if len(answer) else None,
             answer_mean=float(known.mean()) if len(known) else None,
             tokens=len(_known(read)),
-            missing=int(np.isnan(read).sum()) + int(self._generated > 0 and math.isnan(prompt_end)),
+            missing=int(np.isnan(read).sum()) + (before - self._known_of_prompt(scores, before)),
         )
+
+    def _known_of_prompt(self, scores: Scores, before: int) -> int:
+        """How many of the prompt's scores came; all, as long as none could have."""
+        return len(_known(scores[:before])) if self._generated else before
 
     def _end_of_thinking(self, phases: Phases) -> tuple[int | None, int]:
         """Where the first unbroken run of think-end tokens begins and ends; ``None``: there is none.
@@ -227,14 +253,13 @@ class ScoreLog:
             delivered: only those that led to tokens which :meth:`deliver` noted.
             untold: only those which :meth:`tell` has not marked as told.
         """
+        led_to = self._delivered if delivered else self._generated
+        if led_to == 0:
+            return []
         first = self._told if untold else self._first
-        last = self.prompt_length + (self._delivered if delivered else self._generated) - 2
-        scores = self._scores[number]
-        return [
-            (position, scores[position - self._first])
-            for position in range(first, min(last + 1, self._first + len(scores)))
-            if not math.isnan(scores[position - self._first])
-        ]
+        end = self.prompt_length + led_to - 1
+        scores = self._scores[number][first - self._first : end - self._first].tolist()
+        return [(first + n, score) for n, score in enumerate(scores) if not math.isnan(score)]
 
     def tell(self) -> None:
         """Mark the pairs of what was delivered as told."""

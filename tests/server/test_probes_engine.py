@@ -223,7 +223,7 @@ def text_body(policy: str, **more: Any) -> dict[str, Any]:
 
 def test_completions_of_several_choices_have_each_their_own(served: Served, world: World) -> None:
     prompts = ["The ship turns when", "What is the capital of"]
-    body = text_body("steer", prompt=prompts, n=2, temperature=1.0, max_tokens=24)
+    body = text_body("steer", prompt=prompts, n=2, temperature=1.0)
     answer = post(served, "/v1/completions", body)
     assert len(answer["choices"]) == 4
     for choice in answer["choices"]:
@@ -246,7 +246,7 @@ def test_completions_of_several_choices_have_each_their_own(served: Served, worl
         check_steering(world, "steer", mine["last"], mine["prompt"], mine["tokens"])
 
 
-@pytest.mark.parametrize("policy", ["off", "steer"])
+@pytest.mark.parametrize("policy", READ)
 def test_responses_and_messages_say_what_chat_says(served: Served, policy: str) -> None:
     steering = {"policy": policy, "trace": True}
     body = chat_body(policy)
@@ -460,6 +460,18 @@ def test_exemplars_name_the_request_where_openmetrics_is_asked_for(served: Serve
         r'trimtab_probe_score_bucket\S+ \S+ # \{request_id="([^"]+)"\}', found.text
     )
     assert any(name.startswith(answer["id"]) for name in exemplars)
+
+
+def test_an_id_that_cannot_be_written_is_refused_and_leaves_nothing_behind(served: Served) -> None:
+    body = json.dumps(text_body("steer", request_id="ID")).replace('"ID"', '"\\ud800"')
+    with served.client() as client:
+        answer = client.post(
+            "/v1/completions", content=body, headers={"content-type": "application/json"}
+        )
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "E_REQUEST_ID"
+    assert live(served)["running"] == []
+    assert served.metrics()['trimtab_slots{model_name="tiny",state="in_use"}'] == 0
 
 
 def live(served: Served) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from server.selection import (
     select,
     steering_field,
 )
-from steering.readings import Reading
+from steering.readings import Reading, tell_apart
 from tests.server.conftest import make_entry
 
 POLICY = b"x-trimtab-policy"
@@ -305,3 +305,17 @@ def test_a_trace_of_what_no_probe_reads_is_refused(catalogue: Catalogue, trace: 
         assert name in error.message
     for value in (False, True, "all"):
         assert steering_field({"trace": value}).trace == value
+
+
+def test_two_versions_of_one_probe_have_series_of_their_own() -> None:
+    old, new, other = (
+        reading("mood"),
+        replace(reading("mood"), key="mood@2", probe="b"),
+        reading("x"),
+    )
+    told = tell_apart([old, new, other, old])
+    assert {r.key: r.label for r in told.values()} == {
+        "mood@1": "mood@1",
+        "mood@2": "mood@2",
+        "x@1": "x",
+    }

@@ -187,6 +187,19 @@ def test_the_prompt_s_end_is_read_where_the_prefix_comes_from_the_cache(
         assert worst <= TOLERANCE
 
 
+def test_an_answer_that_a_string_stops_has_the_scores_of_its_tokens(world, roomy, readings) -> None:
+    prompt = tuple(world.prompt(QUESTIONS[1]))
+    ((_, full),) = ask(roomy, world, [(Request(prompt, "one"), readings, True)])
+    middle = full.outputs[0].text[len(full.outputs[0].text) // 3 :].strip()[:4]
+    request = Request(prompt, "one", stop=(middle,))
+    ((exchange, output),) = ask(roomy, world, [(request, readings, True)])
+    assert output.outputs[0].finish_reason == "stop"
+    assert 0 < len(output.outputs[0].token_ids) < 64
+    count, worst, _ = check(world, request, exchange, output)
+    assert count == len(readings) * len(output.outputs[0].token_ids)
+    assert worst <= TOLERANCE
+
+
 def test_what_a_reading_comes_to_is_what_its_scores_come_to(world, roomy, readings) -> None:
     requests = [(Request(tuple(world.prompt(q)), max_tokens=96), readings, True) for q in QUESTIONS]
     seen = set()

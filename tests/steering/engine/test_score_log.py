@@ -151,3 +151,50 @@ def test_a_stream_tells_each_score_once_and_with_the_token_that_it_led_to(length
         assert told[-1][0] == len(prompt) + delivered - 2
     assert told == made.trace(0)
     assert made.trace(0, untold=True) == []
+
+
+def test_nothing_is_told_with_a_chunk_before_a_token_is_on_its_way() -> None:
+    made = log([A, A], whole=True)
+    made.add_tokens([A])
+    made.add_scores(0, [0], packed([0.125, 0.25]))
+    assert made.trace(0, delivered=True, untold=True) == []
+    made.tell()
+    made.deliver(1)
+    assert made.trace(0, delivered=True, untold=True) == [(0, 0.125), (1, 0.25)]
+
+
+def test_a_lost_score_of_the_prompt_is_missing_where_the_whole_prompt_is_read() -> None:
+    made = log([A] * 10, whole=True)
+    made.add_scores(0, [0], packed([0.5] * 2 + [math.nan] * 3))
+    assert made.summary(0).missing == 0, "nothing can be missing before there is an answer"
+    made.add_tokens([A])
+    made.add_scores(9, [0], packed([0.25]))
+    assert made.summary(0).missing == 7
+    assert made.summary(0).prompt_end == 0.25
+
+
+@given(
+    pieces=st.lists(
+        st.tuples(st.integers(0, 12), st.lists(st.sampled_from([0.25, 0.5, math.nan]), max_size=6)),
+        max_size=8,
+    ),
+    whole=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_pieces_of_any_length_and_order_are_kept_by_position(pieces, whole) -> None:
+    prompt = [A] * 4
+    made = log(prompt, whole=whole)
+    made.add_tokens([A] * 30)
+    kept: dict[int, float] = {}
+    for position, scores in pieces:
+        (fresh,) = made.add_scores(position, [0], packed(scores)) if scores else ([],)
+        expected = []
+        for p, score in enumerate(scores, start=position):
+            if p < (0 if whole else len(prompt) - 1) or math.isnan(score):
+                continue
+            if p not in kept and p >= len(prompt):
+                expected.append(score)
+            kept[p] = score
+        assert list(fresh) == expected
+    assert made.trace(0) == sorted(kept.items())
+    assert made.summary(1).tokens == 0
