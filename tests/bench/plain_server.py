@@ -7,5 +7,5 @@ import sys
 from server import vllm_command
 
 if __name__ == "__main__":
-    args = vllm_command.parse(["--host=127.0.0.1", *sys.argv[1:]])
+    args = vllm_command.parse([*sys.argv[1:], "--host=127.0.0.1"])
     vllm_command.run(args)
