@@ -13,9 +13,20 @@ import typer
 from directions.errors import TrimtabError
 from server.cli.artefact_view import described, layer_ranges, show_artefact
 from server.cli.output import JsonOption, command_output, progress_reporter
+from server.cli.reading_options import (
+    EXAMPLES_HELP,
+    BatchOption,
+    ChatTemplateOption,
+    DescriptionOption,
+    DeviceOption,
+    DtypeOption,
+    LimitOption,
+    NameOption,
+    ReuseOption,
+    open_sets,
+)
 
 if TYPE_CHECKING:
-    from directions.examples import ExampleSet
     from directions.extraction import Method
     from directions.progress import Progress
     from directions.store import Store
@@ -26,17 +37,11 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_EXAMPLES_HELP = "a file (.jsonl, or text with one prompt a line) or dataset:NAME; may be repeated"
 
 ReferenceArgument = Annotated[
     str, typer.Argument(help="name, name@3 or sha256:…", show_default=False)
 ]
-NameOption = Annotated[str, typer.Option("--name", help="Name to store it under.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Checkpoint it is meant for.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts a forward pass.")]
-DescriptionOption = Annotated[str, typer.Option("--description", help="A sentence for the card.")]
 
 
 @app.command()
@@ -45,14 +50,14 @@ def extract(
     name: NameOption,
     method: Annotated[str, typer.Option(help="contrast or alignment.")] = "contrast",
     positive: Annotated[
-        list[str] | None, typer.Option(help=f"contrast: what to point to; {_EXAMPLES_HELP}.")
+        list[str] | None, typer.Option(help=f"contrast: what to point to; {EXAMPLES_HELP}.")
     ] = None,
     negative: Annotated[
-        list[str] | None, typer.Option(help=f"contrast: what to point away from; {_EXAMPLES_HELP}.")
+        list[str] | None, typer.Option(help=f"contrast: what to point away from; {EXAMPLES_HELP}.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="alignment: the base model to subtract.")] = None,
     prompts: Annotated[
-        list[str] | None, typer.Option(help=f"alignment: what both models read; {_EXAMPLES_HELP}.")
+        list[str] | None, typer.Option(help=f"alignment: what both models read; {EXAMPLES_HELP}.")
     ] = None,
     position: Annotated[
         str | None,
@@ -61,20 +66,13 @@ def extract(
             "[default: last-prompt-token; alignment: answer-mean:64]."
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many examples of each source.")
-    ] = None,
+    limit: LimitOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     batch_size: BatchOption = 8,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template/--no-chat-template", help="Render prompts with it.")
-    ] = True,
+    chat_template: ChatTemplateOption = True,
     description: DescriptionOption = "",
-    reuse: Annotated[
-        bool,
-        typer.Option("--reuse", help="Where the latest version has this very recipe, keep it."),
-    ] = False,
+    reuse: ReuseOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Make a direction from a model's activations on examples, and store it."""
@@ -138,15 +136,8 @@ def _recipe(
     for option in sorted(given - wanted):
         raise TrimtabError("E_OPTION", f"--method {method} has no {option}", field=option)
 
-    def sets(option: str) -> tuple[ExampleSet, ...]:
-        from directions.datasets import open_examples
-
-        return tuple(
-            open_examples(where, progress=progress).limited(limit) for where in sources[option]
-        )
-
     # Reading the examples first: a mistyped path should not wait for torch.
-    examples = {option: sets(option) for option in sources}
+    examples = {option: open_sets(named, limit, progress) for option, named in sources.items()}
     from directions.language_model import Reading
     from directions.position import Position
 

@@ -9,14 +9,18 @@ import typer
 
 from directions.errors import TrimtabError
 from server.cli.artefact_view import show_artefact
-from server.cli.directions import (
+from server.cli.output import JsonOption, command_output, progress_reporter
+from server.cli.reading_options import (
+    EXAMPLES_HELP,
     BatchOption,
+    ChatTemplateOption,
     DescriptionOption,
     DeviceOption,
     DtypeOption,
+    LimitOption,
     NameOption,
+    open_sets,
 )
-from server.cli.output import JsonOption, command_output, progress_reporter
 
 if TYPE_CHECKING:
     from directions.objective import Objective
@@ -35,10 +39,7 @@ def trace(
     name: NameOption,
     examples: Annotated[
         list[str],
-        typer.Option(
-            help="The prompts at whose last token the objective is read: a file (.jsonl, or text with one "
-            "prompt a line) or dataset:NAME; may be repeated."
-        ),
+        typer.Option(help=f"Prompts at whose last token the objective is read: {EXAMPLES_HELP}."),
     ],
     method: Annotated[str, typer.Option(help="gradient, causal or direct.")] = "gradient",
     probe: Annotated[
@@ -60,15 +61,11 @@ def trace(
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw the evidence for every head into this file."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many examples of each source.")
-    ] = None,
+    limit: LimitOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     batch_size: BatchOption = 8,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template/--no-chat-template", help="Render prompts with it.")
-    ] = True,
+    chat_template: ChatTemplateOption = True,
     description: DescriptionOption = "",
     json_output: JsonOption = False,
 ) -> None:
@@ -79,7 +76,6 @@ def trace(
     """
     with command_output(json_output) as out:
         from directions.checkpoint import local_checkpoint
-        from directions.datasets import open_examples
         from directions.head_tracing import METHODS, HeadTracing
         from directions.language_model import Reading
         from directions.store import Store, check_name
@@ -101,9 +97,7 @@ def trace(
         objective = _objective(store, probe, output, wanted or [], unwanted or [])
         with progress_reporter(out) as progress:
             checkpoint = local_checkpoint(model)
-            sets = tuple(
-                open_examples(where, progress=progress).limited(limit) for where in examples
-            )
+            sets = open_sets(examples, limit, progress)
             reading = Reading(dtype, device, batch_size, chat_template)
             recipe = HeadTracing(checkpoint, sets, objective, by, top, reading, description)
             found = recipe.run(progress)

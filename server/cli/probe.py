@@ -11,14 +11,19 @@ import typer
 
 from directions.errors import TrimtabError
 from server.cli.artefact_view import show_artefact
-from server.cli.directions import (
+from server.cli.output import JsonOption, command_output, progress_reporter
+from server.cli.reading_options import (
+    EXAMPLES_HELP,
     BatchOption,
+    ChatTemplateOption,
     DescriptionOption,
     DeviceOption,
     DtypeOption,
+    LimitOption,
     NameOption,
+    ReuseOption,
+    open_sets,
 )
-from server.cli.output import JsonOption, command_output, progress_reporter
 
 app = typer.Typer(name="probe", help="Make probes.", no_args_is_help=True)
 
@@ -34,10 +39,7 @@ def train(
     name: NameOption,
     positive: Annotated[
         list[str],
-        typer.Option(
-            help="What scores high: a file (.jsonl, or text with one prompt a line) or dataset:NAME; may "
-            "be repeated."
-        ),
+        typer.Option(help=f"What scores high: {EXAMPLES_HELP}."),
     ],
     negative: Annotated[list[str], typer.Option(help="What scores low; likewise.")],
     position: Annotated[
@@ -47,20 +49,13 @@ def train(
         str,
         typer.Option(help="Layer after which it reads; best: the one that tells them apart best."),
     ] = "best",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many examples of each source.")
-    ] = None,
+    limit: LimitOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     batch_size: BatchOption = 8,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template/--no-chat-template", help="Render prompts with it.")
-    ] = True,
+    chat_template: ChatTemplateOption = True,
     description: DescriptionOption = "",
-    reuse: Annotated[
-        bool,
-        typer.Option("--reuse", help="Where the latest version has this very recipe, keep it."),
-    ] = False,
+    reuse: ReuseOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Make a probe from the difference of two sides' mean activations, and store it.
@@ -72,7 +67,6 @@ def train(
     with command_output(json_output) as out:
         from directions.checkpoint import local_checkpoint
         from directions.contrast import Contrast
-        from directions.datasets import open_examples
         from directions.language_model import Reading
         from directions.mean_probe import MeanProbe, already_trained
         from directions.position import Position
@@ -83,10 +77,7 @@ def train(
         store = Store()
         with progress_reporter(out) as progress:
             checkpoint = local_checkpoint(model)
-            sides = [
-                tuple(open_examples(where, progress=progress).limited(limit) for where in side)
-                for side in (positive, negative)
-            ]
+            sides = [open_sets(side, limit, progress) for side in (positive, negative)]
             reading = Reading(dtype, device, batch_size, chat_template)
             contrast = Contrast(checkpoint, sides[0], sides[1], place, reading, description)
             recipe = MeanProbe(contrast, chosen)
