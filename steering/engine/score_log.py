@@ -9,7 +9,6 @@ read, so what comes twice counts once and what never comes is known to be missin
 from __future__ import annotations
 
 import math
-import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,15 +123,13 @@ class ScoreLog:
         Args:
             position: of the first.
             numbers: which reading each row is of, as an index into ``readings``.
-            scores: ``[len(numbers), n] float32``, little-endian.
+            scores: ``[len(numbers), n] float32``.
 
         Returns:
             For each row, the scores of generated tokens that had not come before.
         """
         count = len(scores) // (4 * len(numbers))
         rows = array("f", scores)
-        if sys.byteorder == "big":
-            rows.byteswap()
         add = self._add_one if count == 1 else self._add_several
         return [
             add(self._scores[number], position - self._first, rows[n * count : (n + 1) * count])
