@@ -1,7 +1,8 @@
-"""``trimtab heads``: finding attention heads that hold something down."""
+"""``trimtab heads``: finding attention heads that hold something down, and looking whether they do."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
 app = typer.Typer(name="heads", help="Find attention heads.", no_args_is_help=True)
 
 
+ProbeOption = Annotated[
+    str | None,
+    typer.Option("--probe", help="The objective: log-odds of this probe, e.g. refusal@2."),
+]
+OutputOption = Annotated[int, typer.Option("--output", min=0, help="Which of the probe's outputs.")]
+ForOption = Annotated[
+    list[str] | None,
+    typer.Option("--for", help="The objective: log-odds of answers that begin so; repeatable …"),
+]
+AgainstOption = Annotated[
+    list[str] | None,
+    typer.Option("--against", help="… against answers that begin so; repeatable."),
+]
+
+
 @app.callback()
 def heads() -> None:
     """Find attention heads."""
@@ -42,20 +58,10 @@ def trace(
         typer.Option(help=f"Prompts at whose last token the objective is read: {EXAMPLES_HELP}."),
     ],
     method: Annotated[str, typer.Option(help="gradient, causal or direct.")] = "gradient",
-    probe: Annotated[
-        str | None, typer.Option(help="The objective: log-odds of this probe, e.g. refusal@2.")
-    ] = None,
-    output: Annotated[int, typer.Option(min=0, help="Which of the probe's outputs.")] = 0,
-    wanted: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--for", help="The objective: log-odds of answers that begin so; repeatable …"
-        ),
-    ] = None,
-    unwanted: Annotated[
-        list[str] | None,
-        typer.Option("--against", help="… against answers that begin so; repeatable."),
-    ] = None,
+    probe: ProbeOption = None,
+    output: OutputOption = 0,
+    wanted: ForOption = None,
+    unwanted: AgainstOption = None,
     top: Annotated[int, typer.Option(min=1, help="How many heads to take.")] = 8,
     picture: Annotated[
         Path | None,
@@ -108,6 +114,101 @@ def trace(
 
             draw(found, picture)
             out.note(f"drew {picture}")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or its name on the hub.")],
+    reference: Annotated[
+        str, typer.Argument(help="The head set: name, name@3 or sha256:…", show_default=False)
+    ],
+    examples: Annotated[
+        list[str],
+        typer.Option(help=f"Prompts at whose last token the objective is read: {EXAMPLES_HELP}."),
+    ],
+    probe: ProbeOption = None,
+    output: OutputOption = 0,
+    wanted: ForOption = None,
+    unwanted: AgainstOption = None,
+    factors: Annotated[
+        str, typer.Option(metavar="LIST", help="Factors on the heads' outputs.")
+    ] = "1,0.75,0.5,0.25,0",
+    controls: Annotated[int, typer.Option(min=0, help="How many sets of random heads.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of their choice.")] = 0,
+    limit: LimitOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 8,
+    chat_template: ChatTemplateOption = True,
+    json_output: JsonOption = False,
+) -> None:
+    """Scale a head set's heads by one factor after another, beside as many random heads.
+
+    Exit code 1: scaled most, the heads do not raise the objective more than every control does.
+    """
+    with command_output(json_output) as out:
+        from rich.table import Table
+
+        from directions.checkpoint import local_checkpoint
+        from directions.head_dose import measure_doses
+        from directions.language_model import Reading
+        from directions.store import Store
+
+        scales = _factors(factors)
+        store = Store()
+        heads = store.load_head_set(reference)
+        objective = _objective(store, probe, output, wanted or [], unwanted or [])
+        with progress_reporter(out) as progress:
+            checkpoint = local_checkpoint(model)
+            found = measure_doses(
+                checkpoint,
+                heads.heads,
+                open_sets(examples, limit, progress),
+                objective,
+                scales,
+                controls=controls,
+                seed=seed,
+                reading=Reading(dtype, device, batch_size, chat_template),
+                progress=progress,
+            )
+        table = Table("factor", heads.reference, "random heads (mean, least to most)")
+        for dose in found.doses:
+            of = dose.controls
+            shown = f"{sum(of) / len(of):+.3f}  ({min(of):+.3f} to {max(of):+.3f})" if of else ""
+            table.add_row(f"{dose.factor:g}", f"{dose.objective:+.3f}", shown)
+        table.title = f"{objective.describe()}, mean of {found.texts} prompts"
+        out.table(table)
+        out.result(
+            {
+                "heads": heads.reference,
+                "objective": objective.describe(),
+                "texts": found.texts,
+                "plain": found.plain,
+                "holds": found.holds,
+                "doses": [
+                    {
+                        "factor": dose.factor,
+                        "objective": dose.objective,
+                        "controls": list(dose.controls),
+                    }
+                    for dose in found.doses
+                ],
+            }
+        )
+        if not found.holds:
+            out.fail_check()
+
+
+def _factors(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(math.isfinite(factor) for factor in found):
+        raise TrimtabError(
+            "E_OPTION", f"{text!r} is no list of factors", field="--factors", expected="0,0.5,1"
+        )
+    return found
 
 
 def _objective(

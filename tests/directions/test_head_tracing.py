@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from directions.card import ProbeDraft
+from directions.card import HeadSetDraft, ProbeDraft
 from directions.errors import TrimtabError
 from directions.examples import Example, ExampleSet
 from directions.fingerprint import fingerprint
@@ -218,3 +219,41 @@ def test_the_command_stores_what_it_finds_and_draws_it(
         refused = run(app, [*arguments, *wrong])
         assert refused.exit_code == 2
         assert code in refused.output
+
+
+def test_the_dose_response_of_the_planted_heads_is_above_that_of_random_ones(
+    planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, home = planted
+    monkeypatch.setenv("TRIMTAB_HOME", str(home))
+    store = Store(home)
+    draft = HeadSetDraft(
+        method="planted",
+        model=fingerprint(checkpoint),
+        dtype="float32",
+        created="2026-01-01T00:00:00Z",
+    )
+    store.put_head_set(draft, PLANTED, [1.0, 1.0], name="planted")
+    store.put_head_set(draft, [(3, 0), (3, 3)], [1.0, 1.0], name="others")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS))
+    arguments = ["--examples", str(prompts), "--probe", "p@1", "--device", "cpu", "--json"]
+    run = CliRunner().invoke
+    done = run(app, ["heads", "verify", str(checkpoint), "planted@1", *arguments])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["holds"] is True
+    doses = {dose["factor"]: dose for dose in found["doses"]}
+    assert list(doses) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert doses[1.0]["objective"] == pytest.approx(found["plain"], abs=1e-4)
+    # What was planted is 25 a head.
+    assert doses[0.0]["objective"] - found["plain"] > 20
+    assert doses[0.5]["objective"] > doses[0.75]["objective"] > doses[1.0]["objective"]
+    assert len(doses[0.0]["controls"]) == 5
+    done = run(app, ["heads", "verify", str(checkpoint), "others@1", *arguments])
+    assert (done.exit_code, json.loads(done.stdout)["holds"]) == (1, False)
+    wrong = run(
+        app, ["heads", "verify", str(checkpoint), "planted@1", *arguments, "--factors", "x"]
+    )
+    assert wrong.exit_code == 2
+    assert "E_OPTION" in wrong.output
