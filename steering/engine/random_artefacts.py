@@ -50,8 +50,9 @@ def put_random_artefacts(world: World) -> None:
         )
     last = size[0] - 1
     for name, layer in (("early", last // 4), ("middle", last // 2), ("top", None)):
-        # Scores as spread out as a trained probe's: the logit has about unit variance.
-        scale = 1.0 if layer is None else norms[layer]
+        # Scores as spread out as a trained probe's: the logit is a few units wide. What leaves the final
+        # norm is about as long as the root of its width.
+        scale = size[1] ** 0.5 if layer is None else norms[layer]
         weights = rng.standard_normal((2, size[1])) * (3.0 / scale)
         world.store.put_probe(_probe_draft(world, layer, "affine"), weights, [0.0, 0.1], name=name)
     world.store.put_probe(
