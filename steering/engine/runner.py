@@ -126,7 +126,8 @@ class WorkerRequests:
             stamp = read_stamp(extra_args)
             if stamp is None or self._stamps.get(request_id) == stamp:
                 return
-            self.leave(request_id)
+            if request_id in self._stamps:
+                self.leave(request_id)
             if stamp.plan is not None:
                 self.placements[request_id] = self._place(stamp.plan, stamp.strength)
                 self._placed[request_id] = (True, None)

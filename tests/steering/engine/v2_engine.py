@@ -87,7 +87,8 @@ class Watch:
             prepare(batch)
 
         def update_from_output(scheduler_output: Any, model_runner_output: Any) -> Any:
-            self.reported += getattr(model_runner_output, REPORTS, ())
+            reports = getattr(model_runner_output, REPORTS, {})
+            self.reported += [name for name, report in reports.items() if "applied" in report]
             return update(scheduler_output, model_runner_output)
 
         scheduler.update_from_output = update_from_output
