@@ -247,14 +247,14 @@ def exchange_for(world: World, request: Request, frontend: Frontend | None = Non
     Args:
         frontend: the engine's; nothing is read that it does not have.
     """
-    active = () if frontend is None else frontend.readings
+    readings = () if frontend is None else world.readings
     return Exchange(
         policy=request.policy or "off",
         mode="off" if request.policy is None else "enforce",
         on_failure="closed",
         strength=request.strength,
         plan=world.plans[request.policy] if request.policy and request.strength else None,
-        readings=tuple(found for found in world.readings if found.id in active),
+        readings=tuple(found for found in readings if frontend and found.id in frontend.readings),
         trace=True,
     )
 
