@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -9,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from directions.activations import Float64Array, Moments
-from directions.card import Card, CardDraft
+from directions.card import AnyCard, CardDraft
 from directions.progress import Progress
 from directions.quality import activation_norms, quality
-from directions.store import ArtefactRef, BoolArray, FloatArray, Store
+from directions.store import ArtefactRef, BoolArray, Direction, FloatArray, Probe, Store
 
 
 @dataclass(frozen=True)
@@ -34,34 +35,44 @@ class Extraction:
         return store.put(self.card, self.vectors, self.present, name=name)
 
 
-class Method(Protocol):
-    """A recipe: a method with everything it needs.
+class Recipe(Protocol):
+    """A method with everything it needs.
 
     ``facts`` says, before anything is computed, all that decides the result: two recipes with equal
-    facts make the same direction. ``run`` makes it.
+    facts make the same artefact.
     """
 
     def facts(self) -> dict[str, Any]:
         """The card's fields that are known beforehand: method, position, model, sources …"""
         ...
 
+
+class Method(Recipe, Protocol):
+    """A recipe of a direction. ``run`` makes it."""
+
     def run(self, progress: Progress) -> Extraction:
         """Make the direction."""
         ...
 
 
-def already_made(method: Method, store: Store, name: str) -> ArtefactRef | None:
-    """The latest version under a name, where this very recipe made it and it is intact."""
+def already_made(
+    recipe: Recipe, store: Store, name: str, load: Callable[[str], Direction | Probe]
+) -> ArtefactRef | None:
+    """The latest version under a name, where this very recipe made it and it is intact.
+
+    Args:
+        load: the store's way to an artefact of the kind that the recipe makes.
+    """
     if name not in store.names():
         return None
-    direction = store.load(name)
-    if matches(direction.card, method.facts()):
-        return ArtefactRef(direction.name, direction.version, direction.sha256)
+    found = load(name)
+    if matches(found.card, recipe.facts()):
+        return ArtefactRef(found.name, found.version, found.sha256)
     return None
 
 
-def matches(card: Card, facts: dict[str, Any]) -> bool:
-    """Whether a card says of a direction what a recipe's facts do."""
+def matches(card: AnyCard, facts: dict[str, Any]) -> bool:
+    """Whether a card says of an artefact what a recipe's facts do."""
     return all(getattr(card, key) == value for key, value in facts.items())
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from directions.activations import Float64Array, Moments, measure, passages
-from directions.card import ProbeCard, ProbeDraft
+from directions.card import ProbeDraft
 from directions.contrast import Contrast
 from directions.errors import TrimtabError
 from directions.examples import Example
@@ -129,21 +129,6 @@ class MeanProbe:
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         )
         return TrainedProbe(card, fit.weights[None].astype(np.float32), fit.bias)
-
-
-def already_trained(recipe: MeanProbe, store: Store, name: str) -> ArtefactRef | None:
-    """The latest version under a name, where this very recipe made it and it is intact."""
-    if name not in store.names():
-        return None
-    probe = store.load_probe(name)
-    if says(probe.card, recipe.facts()):
-        return ArtefactRef(probe.name, probe.version, probe.sha256)
-    return None
-
-
-def says(card: ProbeCard, facts: dict[str, Any]) -> bool:
-    """Whether a card says of a probe what a recipe's facts do."""
-    return all(getattr(card, key) == value for key, value in facts.items())
 
 
 @dataclass(frozen=True)

@@ -265,9 +265,9 @@ class EngineMetrics:
         log = exchange.scores.get(request_id)
         engine = str(log.engine if log is not None else exchange.engine)
         for gate in exchange.gates.get(request_id, ()):
-            decision = "open" if gate.fired else "undecided" if gate.at is None else "closed"
-            if gate.tokens is not None and not gate.fired:
-                decision = "closed"
+            # A gate per token decides at every token; it has no position unless it opened.
+            decided = gate.at is not None or gate.tokens is not None
+            decision = "open" if gate.fired else "closed" if decided else "undecided"
             self._gates.labels(self.model_name, engine, policy, variant, gate.name, decision).inc()
         if log is None:
             return

@@ -36,7 +36,7 @@ from steering.engine.parity import (
 from steering.engine.payload import PlanPayload, build_payload
 from steering.engine.random_artefacts import put_random_artefacts
 from steering.engine.settings import DEFAULT_SLOTS, SITE_NAMES, EngineSettings
-from steering.engine.site_checks import check_sites
+from steering.engine.site_checks import check_sites, unavailable_sites
 from steering.policy import Policy
 from steering.readings import Reading, compile_readings
 from steering.thinking_markers import detect_markers
@@ -371,10 +371,7 @@ def _activated(
 
 def _reason(error: TrimtabError, check: Check, ranks: Sequence[Mapping[str, Any]]) -> str:
     """Why a check cannot run: of a default row, what is said of its site alone."""
-    unavailable: dict[str, str] = {}
-    for rank in ranks:
-        unavailable.update(rank["unavailable"])
-    return error.message if check.asked else unavailable.get(check.site, error.message)
+    return error.message if check.asked else unavailable_sites(ranks).get(check.site, error.message)
 
 
 def _reading_finding(reading: Reading, judged: Sequence[Judgement], asked: bool) -> Finding:

@@ -101,7 +101,7 @@ def extract(
             )
             from directions.extraction import already_made
 
-            found = already_made(recipe, store, name) if reuse else None
+            found = already_made(recipe, store, name, store.load) if reuse else None
             ref = found or recipe.run(progress).store(store, name)
         direction = store.load(ref.reference)
         if found:

@@ -67,8 +67,9 @@ def train(
     with command_output(json_output) as out:
         from directions.checkpoint import local_checkpoint
         from directions.contrast import Contrast
+        from directions.extraction import already_made
         from directions.language_model import Reading
-        from directions.mean_probe import MeanProbe, already_trained
+        from directions.mean_probe import MeanProbe
         from directions.position import Position
         from directions.store import Store, check_name
 
@@ -81,7 +82,7 @@ def train(
             reading = Reading(dtype, device, batch_size, chat_template)
             contrast = Contrast(checkpoint, sides[0], sides[1], place, reading, description)
             recipe = MeanProbe(contrast, chosen)
-            found = already_trained(recipe, store, name) if reuse else None
+            found = already_made(recipe, store, name, store.load_probe) if reuse else None
             ref = found or recipe.run(progress).store(store, name)
         if found:
             out.note(f"{ref.reference} was made by this very recipe already")

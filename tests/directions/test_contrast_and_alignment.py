@@ -118,10 +118,10 @@ def test_a_repeated_recipe_is_recognised_and_a_changed_one_is_not(
 ) -> None:
     store = Store(tmp_path)
     recipe = Contrast(tiny_checkpoint, (SHIPS,), (ASKS,), reading=READING)
-    assert already_made(recipe, store, "turn") is None
+    assert already_made(recipe, store, "turn", store.load) is None
     ref = recipe.run().store(store, "turn")
     again = Contrast(tiny_checkpoint, (SHIPS,), (ASKS,), reading=Reading(batch_size=2))
-    assert already_made(again, store, "turn") == ref
+    assert already_made(again, store, "turn", store.load) == ref
     for other in (
         Contrast(tiny_checkpoint, (ASKS,), (SHIPS,), reading=READING),
         Contrast(tiny_checkpoint, (SHIPS,), (ASKS,), Position("prompt-mean"), READING),
@@ -129,7 +129,7 @@ def test_a_repeated_recipe_is_recognised_and_a_changed_one_is_not(
         Contrast(tiny_checkpoint, (SHIPS,), (ASKS,), reading=Reading(dtype="bfloat16")),
         Contrast(tiny_checkpoint, (SHIPS.limited(5),), (ASKS,), reading=READING),
     ):
-        assert already_made(other, store, "turn") is None
+        assert already_made(other, store, "turn", store.load) is None
     assert again.run().store(store, "turn") == ref
 
 

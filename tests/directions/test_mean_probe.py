@@ -13,8 +13,9 @@ from directions.activations import measure, passages
 from directions.contrast import Contrast
 from directions.errors import TrimtabError
 from directions.examples import Example, ExampleSet
+from directions.extraction import already_made
 from directions.language_model import Reading, opened
-from directions.mean_probe import MeanProbe, already_trained
+from directions.mean_probe import MeanProbe
 from directions.position import Position
 from directions.store import Store
 from server.cli.main import app
@@ -77,11 +78,11 @@ def test_the_same_recipe_is_known_again_and_another_is_not(
 ) -> None:
     store = Store(tmp_path)
     first = recipe(tiny_checkpoint)
-    assert already_trained(first, store, "ships") is None
+    assert already_made(first, store, "ships", store.load_probe) is None
     ref = first.run().store(store, "ships")
     assert ref.reference == "ships@1"
-    assert already_trained(first, store, "ships") == ref
-    assert already_trained(replace(first, layer=1), store, "ships") is None
+    assert already_made(first, store, "ships", store.load_probe) == ref
+    assert already_made(replace(first, layer=1), store, "ships", store.load_probe) is None
 
 
 @pytest.mark.parametrize(
